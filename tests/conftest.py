@@ -1,0 +1,34 @@
+import subprocess, sys, warnings
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')
+
+QUICK = ['--epochs', '1', '--batch-size', '128', '--score-batches', '2', '--quiet']
+
+def fclora(*args, **kw):
+    "Run the installed command"
+    exe = Path(sys.executable).parent/'fclora'
+    return subprocess.run([exe, *map(str, args)], capture_output=True, text=True, **kw)
+
+def make_images(root, classes=('cat','dog'), n=6, size=32, seed=0):
+    "Class folders of small noisy images, told apart by their colour"
+    rng = np.random.default_rng(seed)
+    for i,c in enumerate(classes):
+        (root/c).mkdir(parents=True)
+        for j in range(n):
+            px = rng.normal(80+120*i/len(classes), 30, (size,size,3)).clip(0, 255).astype('uint8')
+            Image.fromarray(px).save(root/c/f'{j}.png')
+    return root
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+    "One short run on the embedded data, made by the installed command"
+    out = tmp_path_factory.mktemp('runs')/'digits'
+    res = fclora('finetune', *QUICK, '--out', out)
+    assert res.returncode==0, res.stderr
+    return out,res
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory): return make_images(tmp_path_factory.mktemp('data')/'pets', n=12)

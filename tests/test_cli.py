@@ -1,0 +1,153 @@
+"The commands end to end, as a user runs them"
+import csv, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pandas as pd, pytest, timm, torch
+from PIL import Image
+from conftest import QUICK, fclora, make_images
+import fclora as package
+from fclora.artifacts import load_model, load_run, probe_logits
+from fclora.cli import commands, main
+from fclora.data import load_images
+
+def test_finetune_leaves_a_complete_run(run):
+    out,res = run
+    assert {o.name for o in out.iterdir()}=={'adapter.safetensors','fclora.json','plan.json','metrics.json','history.csv','report.html'}
+    m = json.loads((out/'metrics.json').read_text())
+    assert m['total_rank']==100 and m['params']['adapter']==25_600
+    assert m['test']['n']==719 and 0<m['test']['ece']<1 and m['test']['T']>0
+    assert m['test']['nll']<m['test']['nll_raw']
+    assert f"{m['test']['accuracy']*100:.2f}" in res.stdout
+    assert len(pd.read_csv(out/'history.csv'))==1
+
+def test_evaluate_reproduces_the_test_numbers(run, tmp_path):
+    out,_ = run
+    res = fclora('evaluate', out, '--quiet', '--out', tmp_path/'e.json')
+    assert res.returncode==0, res.stderr
+    got,want = json.loads((tmp_path/'e.json').read_text()),json.loads((out/'metrics.json').read_text())['test']
+    assert got['accuracy']==want['accuracy'] and got['ece']==pytest.approx(want['ece'], abs=1e-6)
+
+def test_predict_tables_and_a_bad_file(run, tmp_path, capsys):
+    out,_ = run
+    x,y = load_images('digits').test
+    for i in range(4): Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
+    (tmp_path/'bad.png').write_bytes(b'no image')
+    res = fclora('predict', out, tmp_path, '--format', 'csv', '--top-k', 2)
+    assert res.returncode==1 and 'bad.png' in res.stderr
+    rows = list(csv.DictReader(res.stdout.splitlines()))
+    assert len(rows)==8 and all(0<=float(r['probability'])<=1 for r in rows)
+    assert main(['predict', str(out), str(tmp_path/'0.png'), '--format', 'jsonl', '--top-k', '10'])==0
+    top = json.loads(capsys.readouterr().out)['top']
+    assert sum(o['probability'] for o in top)==pytest.approx(1, abs=1e-5)
+    assert main(['predict', str(out), str(tmp_path/'0.png')])==0
+    assert 'probability' in capsys.readouterr().out
+
+def test_merge_needs_no_fclora(run, tmp_path):
+    out,_ = run
+    assert main(['merge', str(out), str(tmp_path/'plain'), '--calibrated'])==0
+    model,cfg = load_model(out)
+    want = probe_logits(model, 32)/cfg['T']
+    torch.save(want, tmp_path/'want.pt')
+    code = f'''import sys, timm, torch
+m = timm.create_model('local-dir:{tmp_path}/plain', pretrained=True).eval()
+x = torch.sin(torch.arange(2*3*32*32, dtype=torch.float64)*.37).view(2, 3, 32, 32).float()
+torch.testing.assert_close(m(x), torch.load('{tmp_path}/want.pt'), atol=1e-4, rtol=1e-4)
+assert not any(n.startswith('fclora') for n in sys.modules)'''
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    assert main(['merge', str(out), str(tmp_path/'plain')])==1
+
+def test_score_and_finetune_from_its_plan(tmp_path, capsys):
+    assert main(['score', '--budget', '54', '--score-batches', '2', '--quiet', '--weights', 'sample_fisher=1', '--out', str(tmp_path/'p.json')])==0
+    assert 'block' in capsys.readouterr().out
+    plan = json.loads((tmp_path/'p.json').read_text())
+    assert sum(o['rank'] for o in plan['sites'])==54 and 'sample_fisher' in plan['sites'][0]
+    for o in plan['sites']: o['rank'] = int(o['kind']=='v')
+    (tmp_path/'p.json').write_text(json.dumps(plan))
+    assert main(['finetune', *QUICK, '--plan', str(tmp_path/'p.json'), '--out', str(tmp_path/'run')])==0
+    cfg = json.loads((tmp_path/'run'/'fclora.json').read_text())
+    assert {k for k,v in cfg['ranks'].items() if v}=={f'blocks.{i}.attn.qkv.v' for i in range(6)}
+
+@pytest.mark.parametrize('method', ['uniform','random','naive','head','full'])
+def test_every_method_round_trips(method, folder, tmp_path):
+    out = tmp_path/'run'
+    assert main(['finetune', str(folder), '--model', 'vit_pico', '--method', method, *QUICK, '--batch-size', '8', '--out', str(out)])==0
+    r = load_run(out)
+    assert r.config['method']==method and r.config['classes']==['cat','dog']
+    assert r.metrics['params']['trainable' if method!='full' else 'total']>0
+    assert (r.plan is None)==(method in ('head','full'))
+
+def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform,head', '--seeds', '0,1', *QUICK, '--batch-size', '8', '--out', str(tmp_path/'c')]
+    assert main(args)==0
+    assert 'uniform' in capsys.readouterr().out
+    d = json.loads((tmp_path/'c'/'compare.json').read_text())
+    stamps = {f:f.stat().st_mtime_ns for f in (tmp_path/'c').glob('*/metrics.json')}
+    assert len(stamps)==4 and (tmp_path/'c'/'compare.html').stat().st_size>1000
+    shutil.rmtree(tmp_path/'c'/'head-1')
+    assert main([*args, '--resume'])==0
+    assert {f for f,t in stamps.items() if f.exists() and f.stat().st_mtime_ns!=t}=={tmp_path/'c'/'head-1'/'metrics.json'}
+    assert json.loads((tmp_path/'c'/'compare.json').read_text()).keys()==d.keys()
+
+def test_same_seed_same_result(folder, tmp_path):
+    accs = []
+    for name,seed in (('a',3), ('b',3), ('c',4)):
+        assert main(['finetune', str(folder), '--model', 'vit_pico', *QUICK, '--batch-size', '8', '--seed', str(seed), '--out', str(tmp_path/name)])==0
+        accs.append((tmp_path/name/'adapter.safetensors').read_bytes())
+    assert accs[0]==accs[1]!=accs[2]
+
+def test_evaluate_on_a_folder_without_splits(folder, tmp_path):
+    out = tmp_path/'run'
+    assert main(['finetune', str(folder), '--model', 'vit_pico', *QUICK, '--batch-size', '8', '--schedule', 'onecycle', '--head-warmup', '3', '--out', str(out)])==0
+    other = make_images(tmp_path/'other', n=5, seed=1)
+    assert main(['evaluate', str(out), str(other), '--out', str(tmp_path/'e.json')])==0
+    assert json.loads((tmp_path/'e.json').read_text())['n']==10
+
+def test_local_checkpoint_is_asked_for_again(folder, tmp_path, capsys):
+    ckpt = tmp_path/'w.pth'
+    torch.save({'model':timm.create_model('vit_pico', pretrained=True).state_dict()}, ckpt)
+    out = tmp_path/'run'
+    assert main(['finetune', str(folder), '--model', 'vit_pico', '--checkpoint', str(ckpt), *QUICK, '--batch-size', '8', '--out', str(out)])==0
+    assert str(tmp_path) not in (out/'fclora.json').read_text().replace(str(folder), '')
+    assert main(['evaluate', str(out)])==1
+    assert '--checkpoint FILE' in capsys.readouterr().err
+    assert main(['evaluate', str(out), '--checkpoint', str(ckpt)])==0
+
+def test_random_weights_are_stored_whole(folder, tmp_path):
+    out = tmp_path/'run'
+    assert main(['finetune', str(folder), '--model', 'test_vit', '--size', '32', '--no-pretrained', *QUICK, '--batch-size', '8', '--out', str(out)])==0
+    assert (out/'model.safetensors').is_file() and load_model(out)[1]['model']['size']==32
+    assert main(['merge', str(out), str(tmp_path/'plain')])==0
+    plain = timm.create_model(f'local-dir:{tmp_path}/plain', pretrained=True)
+    torch.testing.assert_close(probe_logits(plain, 32), probe_logits(load_model(out)[0], 32), atol=1e-4, rtol=1e-4)
+
+def test_one_headed_deit_merges_into_plain_timm(folder, tmp_path):
+    out = tmp_path/'run'
+    args = ['--model', 'deit_tiny_distilled_patch16_224', '--size', '32', '--one-head', '--no-pretrained', '--budget', '36']
+    assert main(['finetune', str(folder), *args, *QUICK, '--batch-size', '8', '--out', str(out)])==0
+    assert main(['merge', str(out), str(tmp_path/'plain')])==0
+    plain = timm.create_model(f'local-dir:{tmp_path}/plain', pretrained=True)
+    torch.testing.assert_close(probe_logits(plain, 32), probe_logits(load_model(out)[0], 32), atol=1e-4, rtol=1e-4)
+
+def test_interrupt_keeps_what_was_finished(tmp_path):
+    out = tmp_path/'run'
+    p = subprocess.Popen([Path(sys.executable).parent/'fclora', 'finetune', '--epochs', '200', '--batch-size', '128', '--score-batches', '1', '--out', out],
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for _ in range(600):
+        if (out/'fclora.json').exists() or p.poll() is not None: break
+        time.sleep(.2)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode==130 and 'kept' in err and 'Traceback' not in err
+    r = load_run(out)
+    assert r.config['T'] is None and r.config['status'].startswith('epoch') and len(r.history)>=1 and r.plan.total_rank==100
+
+def test_help_names_every_option(capsys):
+    for cmd in commands:
+        with pytest.raises(SystemExit) as e: main([cmd, '--help'])
+        assert e.value.code==0
+        text = capsys.readouterr().out
+        assert '--debug' in text
+        for line in text.splitlines():
+            if line.strip().startswith('--'): assert len(line.split())>1, line
+    assert main(['--version'])==0 and package.__version__ in capsys.readouterr().out
+    assert main([])==2 and main(['--help'])==0

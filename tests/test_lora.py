@@ -1,0 +1,376 @@
+"The LoRA layer against plain autograd on W0 + sBA; sites, freezing, counting, merging, saving"
+from copy import deepcopy
+import pytest, timm, torch
+from hypothesis import given,settings,strategies as st
+from safetensors.torch import load_file,save_file
+from torch import nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+from fclora.lora import *
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "These models are so small that threads only wait for one another"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def vit(seed=0):
+    torch.manual_seed(seed)
+    return timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4).eval()
+
+def ranks_of(model, every=5): return {s.name:i%every for i,s in enumerate(find_sites(model))}   # 0 among them
+
+def trained(model, seed=1):
+    "Non-zero `B`, as after training"
+    torch.manual_seed(seed)
+    for m in lora_layers(model).values():
+        for B in m.lora_B.values(): nn.init.normal_(B, std=.05)
+    return model
+
+def images(n=3): return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def same(a, b): assert_close(a, b, rtol=0, atol=0)
+def raises(piece): return pytest.raises(ValueError, match=piece)
+
+@pytest.fixture
+def model(): return vit()
+@pytest.fixture
+def adapted(model): return trained(adapt(model, ranks_of(model)))
+
+# --- the layer against autograd
+
+def qkv_layer(d_in, d_out, ranks, rslora, seed, dtype=torch.float32, bias=True, **kw):
+    "A fused layer with the given ranks of q, k and v, its factors all random"
+    torch.manual_seed(seed)
+    base = nn.Linear(d_in, 3*d_out, bias=bias, dtype=dtype)
+    sites = [Site(f'qkv.{k}', 'qkv', k, 0, d_in, d_out, i*d_out) for i,k in enumerate('qkv')]
+    lora = LoRALinear(base, {s:r for s,r in zip(sites, ranks) if r}, rslora=rslora, **kw)
+    for B in lora.lora_B.values(): nn.init.normal_(B)
+    return base,lora
+
+def by_hand(lora, x, d_out, A, B, s):
+    "`x (W0 + sBA)^T + b` with the update written out, slice by slice"
+    upd = torch.cat([s[k]*B[k]@A[k] if k in A else torch.zeros(d_out, x.shape[-1]) for k in 'qkv'])
+    return F.linear(x, lora.weight.detach()+upd, lora.bias.detach() if lora.bias is not None else None)
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(0, 6)]*3).filter(any), st.booleans(), st.booleans(), st.integers(0, 9999),
+       st.sampled_from([(4,),(2,5),(2,3,4)]), st.integers(6, 20), st.integers(6, 20))
+def test_forward_and_gradients_equal_autograd_on_the_written_out_weight(ranks, rslora, bias, seed, shape, d_in, d_out):
+    _,lora = qkv_layer(d_in, d_out, ranks, rslora, seed, bias=bias)
+    s = {k:8/(r**.5 if rslora else r) for k,r in zip('qkv', ranks) if r}
+    x,fresh = torch.randn(*shape, d_in, requires_grad=True),lambda p: p.detach().clone().requires_grad_()
+    x2,A,B = fresh(x),*[{k:fresh(p) for k,p in ps.items()} for ps in (lora.lora_A,lora.lora_B)]
+    y,want = lora(x),by_hand(lora, x2, d_out, A, B, s)
+    up = torch.randn_like(y)/y.numel()**.5
+    (y*up).sum().backward(); (want*up).sum().backward()
+    assert lora.scaling==s
+    close = dict(rtol=1e-5, atol=1e-5)
+    assert_close(y/want.abs().max(), want/want.abs().max(), **close)
+    for got,ref in [(x,x2)] + [(lora.lora_A[k],A[k]) for k in A] + [(lora.lora_B[k],B[k]) for k in B]:
+        top = ref.grad.abs().max()
+        assert top>0
+        assert_close(got.grad/top, ref.grad/top, **close)
+
+def test_slices_without_a_rank_get_no_update_and_no_parameters():
+    base,lora = qkv_layer(12, 8, (0,3,0), True, 0)
+    x = torch.randn(5, 12)
+    q,k,v = (lora(x)-base(x)).chunk(3, -1)
+    assert q.abs().max()==v.abs().max()==0 and k.abs().min()>0
+    assert [n for n,_ in lora.named_parameters()]==['weight','bias','lora_A.k','lora_B.k']
+
+class SplitAttention(nn.Module):
+    "timm's attention with one linear each for query, key and value"
+    def __init__(self, attn):
+        super().__init__()
+        d,self.h,self.proj = attn.qkv.in_features,attn.num_heads,attn.proj
+        for i,k in enumerate('qkv'):
+            lin = nn.Linear(d, d)
+            lin.weight,lin.bias = (nn.Parameter(p.detach()[i*d:(i+1)*d].clone()) for p in (attn.qkv.weight, attn.qkv.bias))
+            setattr(self, k, lin)
+
+    def forward(self, x, *args, **kw):
+        q,k,v = (l(x).unflatten(-1, (self.h,-1)).transpose(1, 2) for l in (self.q,self.k,self.v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+@pytest.mark.parametrize('rslora', [True,False])
+def test_fused_and_split_models_agree_in_output_and_gradients(model, rslora):
+    split = deepcopy(model)
+    for b in split.blocks: b.attn = SplitAttention(b.attn)
+    x,short = images(),lambda n: n.replace('.qkv', '')
+    assert [s.name for s in find_sites(split)]==[short(s.name) for s in find_sites(model)]
+    assert_close(split(x), model(x), atol=1e-5, rtol=1e-5)
+    trained(adapt(model, ranks := ranks_of(model), rslora=rslora))
+    adapt(split, {short(n):r for n,r in ranks.items()}, rslora=rslora)
+    pairs = [(p, split.get_parameter(short(n).replace(f'.lora_{f}.{k}', f'.{k}.lora_{f}.{k}')))
+             for f in 'AB' for k in 'qkv' for n,p in model.named_parameters() if n.endswith(f'.lora_{f}.{k}')]
+    assert len(pairs)==2*sum(r>0 for r in ranks.values())
+    with torch.no_grad():
+        for p,o in pairs: o.copy_(p)
+    assert_close(split(x), model(x), atol=1e-5, rtol=1e-5)
+    for m in (model,split): F.cross_entropy(m(x), torch.tensor([0,1,2])).backward()
+    for p,o in pairs: assert_close(o.grad, p.grad, atol=1e-5, rtol=1e-3)
+
+def test_dropout_acts_on_the_update_in_training_mode_only():
+    base,lora = qkv_layer(64, 16, (4,4,4), True, 0, dropout=.5)
+    base2,plain = qkv_layer(64, 16, (4,4,4), True, 0)
+    x = torch.randn(2, 64)
+    same(lora.eval()(x), plain(x))
+    lora.train()
+    assert not torch.equal(lora(x), lora(x))
+    with torch.no_grad(): mean = torch.stack([lora(x) for _ in range(4000)]).mean(0)
+    assert (mean-plain(x)).abs().max()<.1*(plain(x)-base(x)).abs().max()   # unbiased
+    for B in lora.lora_B.values(): nn.init.zeros_(B)
+    same(lora(x), base(x))                                                 # the base path drops nothing
+
+def test_adapt_hands_on_dropout_and_the_mode_of_the_layer(model):
+    model.train(); model.blocks[1].eval()
+    adapt(model, ranks_of(model), dropout=.3)
+    assert [m.dropout.p for m in lora_layers(model).values()]==[.3]*6
+    assert [m.dropout.training for m in lora_layers(model).values()]==[True,False]+[True]*4
+
+# --- merging
+
+def test_merged_equals_unmerged_and_unmerging_is_exact(adapted):
+    base,x = vit(),images()
+    with torch.no_grad():
+        before = adapted(x)
+        assert (before-base(x)).abs().max()>.01
+        assert_close(merge(adapted)(x), before, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(adapted.blocks[0].attn.qkv.weight, base.blocks[0].attn.qkv.weight)
+        same(unmerge(adapted)(x), before)
+    for n,p in base.named_parameters(): same(adapted.get_parameter(n), p)
+
+def test_merging_or_unmerging_twice_is_harmless(adapted):
+    once = deepcopy(merge(adapted).state_dict())
+    for k,v in merge(adapted).state_dict().items(): same(v, once[k])
+    unmerge(unmerge(adapted))
+    for n,p in vit().named_parameters(): same(adapted.get_parameter(n), p)
+    assert not any(m.merged for m in lora_layers(adapted).values())
+
+def test_unmerge_is_exact_where_adding_and_subtracting_is_not():
+    _,lora = qkv_layer(32, 16, (8,8,8), False, 0)
+    with torch.no_grad():
+        lora.weight.mul_(1e-3)
+        old = lora.weight.clone()
+        assert not torch.equal(old+lora.delta()-lora.delta(), old)
+    lora.merge(); lora.unmerge()
+    same(lora.weight.detach(), old)
+
+@pytest.mark.parametrize('fold', [True,False])
+@pytest.mark.parametrize('merged_before', [True,False])
+def test_unload_leaves_a_plain_model(adapted, fold, merged_before):
+    x,base = images(),vit()
+    with torch.no_grad(): want = adapted(x) if fold else base(x)
+    if merged_before: merge(adapted)
+    adapted.train(); adapted.blocks[2].eval()
+    unload(adapted, merge=fold)
+    assert list(adapted.state_dict())==list(base.state_dict())
+    assert all(type(m) is nn.Linear for n,m in adapted.named_modules() if n.endswith('qkv'))
+    assert adapted.blocks[1].attn.qkv.training and not adapted.blocks[2].attn.qkv.training
+    with torch.no_grad(): assert_close(adapted.eval()(x), want, atol=1e-5, rtol=1e-5)
+    if not fold:
+        for n,p in base.named_parameters(): same(adapted.get_parameter(n), p)
+    adapt(adapted, ranks_of(adapted))   # and can be adapted again
+
+# --- copies, saving, precision
+
+def test_deepcopy_is_independent(adapted):
+    x = images()
+    with torch.no_grad():
+        twin,want = deepcopy(adapted),adapted(x)
+        same(twin(x), want)
+        twin.blocks[0].attn.qkv.lora_B['k'].add_(1.); twin.blocks[0].attn.qkv.weight.add_(1.)
+        same(adapted(x), want)
+        assert not torch.allclose(twin(x), want)
+        for n,p in unmerge(deepcopy(merge(adapted))).named_parameters():
+            if not is_adapter(n): same(p, vit().get_parameter(n))
+
+def test_state_dict_round_trip(adapted):
+    other = adapt(vit(seed=9), ranks_of(adapted))
+    other.load_state_dict(adapted.state_dict())
+    with torch.no_grad(): same(other(images()), adapted(images()))
+    assert set(adapted.state_dict())=={n for n,_ in adapted.named_parameters()}
+
+def test_adapter_state_through_safetensors(adapted, tmp_path):
+    nn.init.normal_(adapted.head.weight)
+    save_file(adapter_state(adapted), tmp_path/'a.safetensors')
+    state,other = load_file(tmp_path/'a.safetensors'),adapt(vit(), ranks_of(adapted))
+    assert all(is_adapter(n) or n.startswith('head.') for n in state) and len(state)==2*sum(r>0 for r in ranks_of(adapted).values())+2
+    missing,unexpected = other.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing)==set(vit().state_dict())-{'head.weight','head.bias'}
+    with torch.no_grad(): same(other(images()), adapted(images()))
+    merge(adapted)
+    for n,v in adapter_state(adapted).items(): same(v, state[n])
+
+def test_adapter_state_is_a_copy(adapted):
+    state = adapter_state(adapted)
+    for v in state.values(): v.zero_()
+    assert adapted.head.weight.abs().sum()>0 and not any(v.requires_grad for v in state.values())
+
+def test_autocast_to_bfloat16(adapted):
+    x,y = images(),torch.tensor([0,1,2])
+    with torch.no_grad(): full = adapted(x)
+    freeze(adapted)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = adapted(x)
+        loss = F.cross_entropy(out, y)
+    loss.backward()
+    assert out.dtype==torch.bfloat16
+    assert_close(out.float(), full, atol=.05*full.abs().max().item(), rtol=0)
+    for n,p in adapted.named_parameters():
+        if is_adapter(n): assert p.dtype==p.grad.dtype==torch.float32 and p.grad.isfinite().all() and p.grad.abs().sum()>0, n
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): assert_close(merge(adapted)(x), out, atol=.05, rtol=.1)
+    unmerge(adapted)
+    same(adapted.blocks[0].attn.qkv.weight.detach(), vit().blocks[0].attn.qkv.weight.detach())
+
+@pytest.mark.parametrize('dtype,factors,tol', [(torch.bfloat16,torch.float32,.05),(torch.float64,torch.float64,1e-12)])
+def test_base_in_another_precision(model, dtype, factors, tol):
+    trained(adapt(model.to(dtype), ranks_of(model)))
+    base,x = vit().to(dtype),images().to(dtype)
+    assert {p.dtype for n,p in model.named_parameters() if is_adapter(n)}=={factors}
+    with torch.no_grad():
+        out = model(x)
+        assert out.dtype==dtype and (out-base(x)).abs().max()>.01
+        assert_close(merge(model)(x), out, atol=tol*out.abs().max().item(), rtol=0)
+    unmerge(model)
+    for n,p in base.named_parameters(): same(model.get_parameter(n), p)
+
+# --- sites
+
+class Toy(nn.Module):
+    "One transformer block's linears under other names"
+    def __init__(self, names, head='classifier', d=8):
+        super().__init__()
+        for n in names:
+            *path,last = n.split('.')
+            at = self
+            for p in path:
+                if p not in dict(at.named_children()): at.add_module(p, nn.Module())
+                at = at.get_submodule(p)
+            at.add_module(last, nn.Linear(d, d))
+        self.add_module(head, nn.Linear(d, 2))
+
+hf_vit = [f'encoder.layer.{i}.{o}' for i in range(2) for o in ('attention.attention.query','attention.attention.key',
+    'attention.attention.value','attention.output.dense','intermediate.dense','output.dense')]
+llama = [f'layers.{i}.{o}' for i in range(2) for o in ('self_attn.q_proj','self_attn.k_proj','self_attn.v_proj','self_attn.o_proj',
+    'mlp.up_proj','mlp.down_proj')]
+clip = [f'layers.{i}.{o}' for i in range(2) for o in ('self_attn.q_proj','self_attn.k_proj','self_attn.v_proj','self_attn.out_proj','mlp.fc1','mlp.fc2')]
+
+@pytest.mark.parametrize('names', [hf_vit,llama,clip], ids=['vit','llama','clip'])
+def test_hugging_face_names(names):
+    toy,every = Toy(names),('q','k','v','proj','fc1','fc2')
+    found = find_sites(toy, kinds=every)
+    assert [s.name for s in found]==[s.path for s in found]==names
+    assert [(s.block,s.kind) for s in found]==[(b,k) for b in (0,1) for k in every]
+    assert [s.kind for s in find_sites(toy)]==list('qkv')*2
+    assert head_names(toy)==['classifier']
+
+def test_selection_by_kind_expression_and_list(model):
+    pick = lambda **kw: [s.name for s in find_sites(model, **kw)]
+    assert pick(kinds=('v',))==[f'blocks.{i}.attn.qkv.v' for i in range(6)]
+    assert pick(kinds=('fc2','proj'), include=r'blocks\.[01]\.')==['blocks.0.attn.proj','blocks.0.mlp.fc2','blocks.1.attn.proj','blocks.1.mlp.fc2']
+    assert pick(include=['blocks.3.mlp.fc1','blocks.2.attn.qkv.k'])==['blocks.2.attn.qkv.k','blocks.3.mlp.fc1']
+    assert [(s.start,s.d_in,s.d_out,s.rows) for s in find_sites(model, include=['blocks.2.attn.qkv.k'])]==[(64,64,64,slice(64,128))]
+
+def test_sites_stay_the_same_when_the_model_is_adapted(model):
+    before = find_sites(model, kinds=kinds)
+    assert find_sites(adapt(model, ranks_of(model)), kinds=kinds)==before
+
+def test_convolutions_and_heads_are_no_sites():
+    with raises('it has fc1, fc2'): find_sites(timm.create_model('test_convnext'))
+    with raises('Sequential has no q, k, v site; it has no projection'): find_sites(nn.Sequential(nn.Linear(3, 3)))
+
+@pytest.mark.parametrize('kw,piece', [
+    (dict(include='blocks.9'), "no q, k, v site matching 'blocks.9'; it has fc1, fc2, k, proj, q, v"),
+    (dict(kinds=('gate',)), 'no gate site; it has fc1'),
+    (dict(include=['blocks.0.attn.qvk.q']), "no site 'blocks.0.attn.qvk.q'; did you mean blocks.0.attn.qkv")])
+def test_errors_of_find_sites(model, kw, piece):
+    with raises(piece): find_sites(model, **kw)
+
+# --- adapting and freezing
+
+@pytest.mark.parametrize('r', [-1,65,2.,True,'3',None,float('nan')])
+def test_a_rank_must_be_a_whole_number_that_fits(model, r):
+    with raises(r'rank of blocks.0.attn.qkv.q must be a whole number in 0..64 \(it maps 64 to 64\), got '): adapt(model, {'blocks.0.attn.qkv.q':r})
+    assert not lora_layers(model)
+
+def test_an_unknown_site_is_an_error_that_offers_near_names(model):
+    with raises('VisionTransformer has no site .blocks.0.attn.q.; did you mean blocks.0.attn.qkv'): adapt(model, {'blocks.0.attn.q':2})
+    assert not lora_layers(model)
+
+def test_a_refused_adapt_changes_nothing(model):
+    adapt(model, {'blocks.3.attn.qkv.q':2})
+    with raises('blocks.3.attn.qkv is adapted already; call unload'): adapt(model, {'blocks.0.attn.qkv.q':2, 'blocks.3.attn.qkv.v':2})
+    assert list(lora_layers(model))==['blocks.3.attn.qkv']
+
+def test_adapted_equals_base_at_the_start_and_shares_its_weights(model):
+    base,weight,x = deepcopy(model),model.blocks[0].attn.qkv.weight,images()
+    assert adapt(model, ranks_of(model)) is model and model.blocks[0].attn.qkv.weight is weight
+    with torch.no_grad(): same(model(x), base(x))
+    A = torch.cat([a.detach().flatten() for m in lora_layers(model).values() for a in m.lora_A.values()])
+    assert A.abs().max()<=1/64**.5 and A.std().item()==pytest.approx(1/(3*64)**.5, rel=.05)   # Kaiming-uniform, a=sqrt(5)
+
+def test_rank_zero_everywhere_is_a_linear_probe(model):
+    names = [n for n,_ in model.named_parameters()]
+    for ranks in ({},dict.fromkeys(ranks_of(model), 0)): adapt(model, ranks)
+    assert not lora_layers(model) and [n for n,_ in freeze(model).named_parameters()]==names
+    assert [n for n,p in model.named_parameters() if p.requires_grad]==['head.weight','head.bias']==list(adapter_state(model))
+    assert count_params(model)['adapter']==0 and count_params(model)['trainable']==4*64+4
+
+def test_training_moves_adapters_and_head_and_nothing_else(adapted):
+    before = {n:p.detach().clone() for n,p in freeze(adapted).named_parameters()}
+    opt = torch.optim.SGD(adapted.parameters(), .1)
+    F.cross_entropy(adapted(images()), torch.tensor([0,1,2])).backward()
+    opt.step()
+    moved = {n for n,p in adapted.named_parameters() if not torch.equal(p, before[n])}
+    wanted = {n for n in before if is_adapter(n) or n in ('head.weight','head.bias')}
+    assert moved==wanted=={n for n,p in adapted.named_parameters() if p.grad is not None}
+
+class Twice(nn.Module):
+    "Calls one layer twice, under two names when `shared`"
+    def __init__(self, shared):
+        super().__init__()
+        self.q,self.head = nn.Linear(8, 8),nn.Linear(8, 2)
+        if shared: self.tail = nn.ModuleDict(dict(q=self.q))
+        self.shared = shared
+    def forward(self, x): return self.head((self.tail.q if self.shared else self.q)(self.q(x).tanh()))
+
+@pytest.mark.parametrize('shared', [False,True])
+def test_a_layer_that_is_used_twice_is_adapted_in_both_places(shared):
+    torch.manual_seed(0)
+    toy,x = Twice(shared),torch.randn(4, 8)
+    trained(adapt(toy, {'q':3}))
+    with torch.no_grad():
+        W = toy.q.weight + toy.q.scaling['q']*toy.q.lora_B['q']@toy.q.lora_A['q']
+        want = toy.head(F.linear(F.linear(x, W, toy.q.bias).tanh(), W, toy.q.bias))
+        assert_close(toy(x), want, atol=1e-5, rtol=1e-5)
+        assert_close(merge(toy)(x), want, atol=1e-5, rtol=1e-5)
+        assert_close(unload(toy, merge=True)(x), want, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(m, LoRALinear) for m in toy.modules())
+
+def test_two_heads_both_train(adapted):
+    with torch.device('meta'): m = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5)
+    freeze(adapt(m, ranks_of(m)))
+    assert {n for n,p in m.named_parameters() if p.requires_grad and not is_adapter(n)}=={f'{h}.{o}' for h in ('head','head_dist') for o in ('weight','bias')}
+    assert count_params(m)['head']==2*(192*5+5)
+
+# --- the papers' counts
+
+@pytest.mark.parametrize('n_classes,n_ranks,adapter,with_head,pct', [(100,129,198_144,275_044,.23),(10,82,125_952,133_642,.15)])
+@pytest.mark.parametrize('spread', ['even','uneven'])
+def test_parameter_counts_of_the_paper(n_classes, n_ranks, adapter, with_head, pct, spread):
+    with torch.device('meta'): m = timm.create_model('deit_base_distilled_patch16_224', num_classes=n_classes)
+    m.head_dist = nn.Identity()
+    names = [s.name for s in find_sites(m)]
+    ranks = {n:n_ranks//36+(i<n_ranks%36) for i,n in enumerate(names)}
+    if spread=='uneven': ranks = {n:1 for n in names} | {n:16 for n in names[:(n_ranks-36)//15]} | {names[-1]:1+(n_ranks-36)%15}
+    c = count_params(freeze(adapt(m, ranks)))
+    assert sum(ranks.values())==n_ranks and (c['adapter'],c['trainable'],c['adapter']+c['head'])==(adapter,with_head,with_head)
+    assert round(c['paper_pct'], 2)==pct and c['total']==c['backbone']+with_head==sum(p.numel() for p in m.parameters())
+    assert c['pct']==pytest.approx(100*with_head/c['total'])
+
+def test_rank_four_on_query_and_value_of_vit_base():
+    with torch.device('meta'): m = timm.create_model('vit_base_patch16_224', num_classes=10)
+    assert count_params(adapt(m, {s.name:4 for s in find_sites(m, kinds=('q','v'))}))['adapter']==147_456

@@ -1,0 +1,219 @@
+"Tables, pictures and pages of runs, on made logits with known answers"
+import json, re, warnings
+from html.parser import HTMLParser
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fclora.allocators import Plan
+from fclora.calibration import calibration_table, class_accuracy
+from fclora.lora import Site
+from fclora.report import *
+
+titles = ['Results','Ranks','Training','Calibration','Classes','Confident mistakes','Settings']
+history = pd.DataFrame(dict(epoch=[1,2], train_loss=[2.,1.5], valid_loss=[1.8,1.2], accuracy=[.4,.6], lr=[1e-3,1e-4], seconds=[1.,1.]))
+
+def made_plan(metrics=True):
+    sites = [Site(f'blocks.{b}.attn.qkv.{k}', f'blocks.{b}.attn.qkv', k, b, 8, 8, 8*i) for b in range(2) for i,k in enumerate('qkv')]
+    vals = {m:{s.name:float(i) for i,s in enumerate(sites)} for m in ('fisher','grad','cov')} if metrics else {}
+    return Plan('tiny', sites, {s.name:1+i for i,s in enumerate(sites)}, 21, metrics=vals, settings=dict(weights=dict(fisher=.6)))
+
+def logits_of(pred, c): return 2.*torch.nn.functional.one_hot(torch.as_tensor(pred), c) + .1*torch.rand(len(pred), c, generator=torch.Generator().manual_seed(0))
+
+def made_run(pred=(0,1,2,0), targs=(0,1,2,1), classes=('cat','dog','emu'), method='fclora', seed=0, plan=None, **test):
+    z,y = logits_of(pred, len(classes)),torch.tensor(targs)
+    t = {**calibration_table(z, y, .5, n_boot=10), **test}
+    config = dict(model=dict(name='tiny'), method=method, classes=list(classes), seed=seed, T=.5, data=dict(name='zoo', train=8, valid=4, test=len(y)),
+                  recipe=dict(lr=2e-3), versions=dict(torch='2'))
+    metrics = dict(params=dict(adapter=336, head=27, backbone=1000, total=1363, trainable=363, paper_pct=33600/1363, pct=36300/1363), valid=t, test=t,
+                   seconds=dict(load=.1, score=1., train=1234., calibrate=0., evaluate=0., total=1235.), epochs=2, total_rank=plan.total_rank if plan else None,
+                   peak_memory_mb=1500., memory_kind='process', hardware='a CPU')
+    return Run(config, metrics, history, plan, None, z, y, torch.randint(0, 255, (len(y),3,8,8), dtype=torch.uint8))
+
+class Tags(HTMLParser):
+    "Every start tag and the text of a page; fails on tags that do not close"
+    def __init__(self, page): super().__init__(); self.tags,self.text,self.open = [],'',[]; self.feed(page); self.close(); assert not self.open
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ('meta','img'): self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop()==tag
+    def handle_data(self, data): self.text += data
+
+def check_page(page):
+    "A whole page that loads nothing and describes its pictures"
+    t = Tags(page)
+    assert not re.search('https?://|@import|url\\(', page)
+    names = {n for n,_ in t.tags}
+    assert not names & {'script','link','iframe','object','embed','a'}
+    for n,a in t.tags:
+        assert not any(k.startswith('on') for k in a)
+        if 'src' in a: assert n=='img' and a['src'].startswith('data:image/png;base64,iVBOR') and len(a['alt'])>10
+    return t
+
+def sections(page): return re.findall('<h2>(.*?)</h2>', page)
+
+# Pages
+def test_page_has_every_section_and_loads_nothing():
+    before = plt.get_fignums()
+    page = report_html(made_run(plan=made_plan()))
+    t = check_page(page)
+    assert sections(page)==titles and sum(n=='img' for n,_ in t.tags)==7
+    assert plt.get_fignums()==before
+    assert 'tiny on zoo: fclora' in t.text and 'mean rank by kind: q 2.5, k 3.5, v 4.5' in t.text
+    assert 'color-scheme' in page and "default-src 'none'" in page
+
+evil = '<script>alert(1)</script>'
+def test_user_text_is_escaped_everywhere():
+    r = made_run(classes=(evil, '"><img src=x onerror=1>', '$\\frac{$ & $x$'), plan=made_plan(), pred=(1,1,0,0), targs=(0,1,0,1))
+    r.config.update(model=dict(name=evil), recipe={evil:evil}); r.config['data']['name'] = r.metrics['hardware'] = evil
+    page = report_html(r)
+    check_page(page)
+    assert evil not in page and '&lt;script&gt;' in page and 'src=x' not in page.replace('&lt;img src=x', '')
+    check_page(compare_html([r]))
+
+@pytest.mark.parametrize('method', ['head','full'])
+def test_page_without_plan(method):
+    page = report_html(made_run(method=method))
+    assert sections(page)==titles and 'no adapters' in page
+    check_page(page)
+
+def test_plan_without_metrics_has_one_picture_of_ranks():
+    page = report_html(made_run(method='uniform', plan=made_plan(metrics=False)))
+    check_page(page)
+    assert page.count('<img')==6 and 'without any measurement' in page
+
+def test_one_mistake_and_none():
+    one,none = report_html(made_run()),report_html(made_run(pred=(0,1,2,1)))
+    assert 'wrong about 1 of 4' in one and one.count('<img')==5
+    assert 'All 4 test images' in none and none.count('<img')==3
+    for o in (one,none): check_page(o); assert sections(o)==titles
+
+def test_run_without_logits_images_or_history():
+    r = made_run()
+    r.images = None
+    assert report_html(r).count('not at hand')==1
+    r.logits,r.history = None,None
+    page = report_html(r)
+    assert sections(page)==titles and page.count('not at hand')==3 and 'no history' in page and '<img' not in page
+
+def test_hundred_classes_and_missing_ones():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 90, 400)
+    pred = np.where(rng.random(400)<.6, y, rng.integers(0, 100, 400))
+    r = made_run(pred, y.tolist(), [f'species number {i} with a name that is long' for i in range(100)])
+    page = report_html(r)
+    check_page(page)
+    assert 'Without test images:' in page and 'species number 95 with' in page
+    ax = plot_class_accuracy(r.logits, r.targs, r.config['classes'])
+    shown = [p.get_width() for p in ax.patches]
+    accs = class_accuracy(r.logits, r.targs)
+    np.testing.assert_allclose(shown, 100*accs[~accs.isnan()].sort().values[:20])
+    assert 'lowest of' in ax.get_title() and all(len(t.get_text())<=24 for t in ax.get_yticklabels())
+    plt.close('all')
+
+def test_names_that_look_like_mathematics_or_have_no_glyph():
+    r = made_run(classes=('$\\frac{$','$x$','犬'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        check_page(report_html(r))
+
+def test_saved_or_left_alone(tmp_path):
+    path = save_report(made_run(), tmp_path/'sub'/'report.html')
+    old = path.read_text(encoding='utf-8')
+    assert old.endswith('</html>\n') and [o.name for o in path.parent.iterdir()]==['report.html']
+    broken = made_run()
+    del broken.metrics['test']['ece']
+    with pytest.raises(KeyError): save_report(broken, path)
+    assert path.read_text(encoding='utf-8')==old and len(list(path.parent.iterdir()))==1
+    runs = [made_run(method=m, seed=s) for m in ('fclora','uniform') for s in (0,1)]
+    assert '4 runs by 2 methods' in save_report(runs, tmp_path/'compare.html').read_text(encoding='utf-8')
+
+# Tables
+def test_paper_table():
+    t = paper_table([made_run(plan=made_plan()), made_run(method='head', seed=3)])
+    assert list(t)==['fclora','head']
+    col = t['fclora']
+    assert col['adapter parameters (as the papers count)']=='336 (25 %)' and col['trained parameters (with head)']=='363 (27 %)'
+    assert col['test accuracy']=='75.00 %' and col['total rank']=='21' and col['peak memory']=='1,500 MB (process)'
+    assert col['seconds, scoring / training / total']=='1.0 / 1,234 / 1,235'
+    assert col['class accuracy']==f'{np.mean([1,.5,1]):.2f} ± {np.std([1,.5,1]):.2f}'
+    assert t.loc['total rank','head']=='–'
+
+def test_column_names_are_unique():
+    assert list(paper_table([made_run(), made_run(seed=1), made_run(seed=1)]))==['fclora, seed 0','fclora, seed 1 (1)','fclora, seed 1 (2)']
+
+def test_full_fine_tuning_trains_everything():
+    r = made_run(method='full')
+    r.metrics['params'].update(adapter=0, trainable=1027, total=1027, paper_pct=0.)
+    col = paper_table(r)['full']
+    assert col['trained parameters (with head)']=='1,027 (100 %)' and col['adapter parameters (as the papers count)']=='0 (0 %)'
+
+def three_methods():
+    accs = dict(fclora={0:.9,1:.8,2:.95}, uniform={0:.85,1:.82}, head={0:.5})
+    return [made_run(method=m, seed=s, accuracy=a) for m,d in accs.items() for s,a in d.items()]
+
+def test_compare_against_hand_computed_numbers():
+    d = compare_json(three_methods())['methods']
+    acc = d['fclora']['accuracy']
+    assert acc['mean']==pytest.approx(2.65/3) and acc['std']==pytest.approx(np.std([.9,.8,.95], ddof=1))
+    diff = d['fclora']['points_to_uniform']
+    assert diff['seeds']==[0,1] and diff['mean']==pytest.approx(1.5) and (diff['lo'],diff['hi'])==(pytest.approx(-2),pytest.approx(5))
+    assert d['head']['points_to_uniform']==dict(mean=pytest.approx(-35), lo=None, hi=None, seeds=[0])
+    assert d['head']['accuracy']['std'] is None and d['uniform']['points_to_uniform'] is None
+
+def test_compare_table_text():
+    t = compare_table(three_methods())
+    assert t.loc['fclora','accuracy, %']=='88.33 ± 7.64' and t.loc['head','accuracy, %']=='50.00'
+    assert t['to uniform, points'].tolist()==['+1.50 (-2.00 to +5.00)','–','-35.00'] and t.seeds.tolist()==['3','2','1']
+    assert 'to uniform, points' not in compare_table([made_run()])
+
+def test_no_common_seed_no_difference():
+    assert compare_table([made_run(seed=0), made_run(method='uniform', seed=1)])['to uniform, points'].tolist()==['–','–']
+
+def test_compare_json_is_plain():
+    d = compare_json(three_methods())
+    assert json.loads(json.dumps(d, allow_nan=False))==d and len(d['runs'])==6 and d['runs'][0]['metrics']['epochs']==2
+
+def test_compare_refuses_what_does_not_belong_together():
+    with pytest.raises(ValueError, match='2 runs of fclora have seed 0'): compare_table([made_run(), made_run()])
+    with pytest.raises(ValueError, match='no runs'): compare_table([])
+    other = made_run(seed=1); other.config['model'] = dict(name='huge')
+    with pytest.raises(ValueError, match='model .huge, tiny.'): compare_table([made_run(), other])
+
+def test_bootstrap_interval():
+    assert bootstrap_interval([3.,3.,3.])==(3,3)
+    x = np.random.default_rng(0).normal(size=400)
+    lo,hi = bootstrap_interval(x)
+    assert (lo,hi)==bootstrap_interval(x) and hi-lo==pytest.approx(2*1.96*x.std()/20, rel=.05) and lo<x.mean()<hi
+
+def test_markdown_and_text_tables():
+    df = pd.DataFrame(dict(n=['1','1,234'], note=['a|b','two\nlines']), index=pd.Index(['x','long name'], name='what'))
+    assert markdown_table(df)=='| what | n | note |\n| --- | ---: | ---: |\n| x | 1 | a\\|b |\n| long name | 1,234 | two lines |'
+    assert text_table(df)=='what           n       note\nx              1        a|b\nlong name  1,234  two lines'
+
+def test_run_shows_its_table():
+    r = made_run()
+    assert r._repr_markdown_()==markdown_table(paper_table(r)) and repr(r)==text_table(paper_table(r))
+
+# Pictures
+def test_confused_pairs_by_hand():
+    p = confused_pairs(logits_of([1,1,0,2,1], 3), torch.tensor([0,0,0,1,1]), ['a','b','c'])
+    assert p.values.tolist()==[['a','b',2,pytest.approx(200/3)],['b','c',1,50.]]
+    assert confused_pairs(logits_of([0,1], 3), [0,1], ['a','b','c']).empty
+
+def test_most_confident_mistakes_first(tmp_path):
+    from PIL import Image
+    z,y = torch.tensor([[3.,0],[0,1],[0,2],[0,9]]),torch.tensor([0,0,0,1])
+    for i in range(2): Image.new('RGB', (20,10), 'red').save(tmp_path/f'{i}.png')
+    axs = plot_wrong([tmp_path/f'{i}.png' for i in (0,1,2,0)], z, y, ['a','b'], T=2.)
+    assert [a.get_title() for a in axs]==['a → b\n73.1 %','a → b\n62.2 %']
+    assert axs[0].texts[0].get_text()=='file not readable' and axs[1].images[0].get_array().shape==(10,10,3)
+    plt.close('all')
+
+def test_pictures_refuse_wrong_lengths():
+    r = made_run()
+    with pytest.raises(ValueError, match='2 class names for 3 logits'): plot_class_accuracy(r.logits, r.targs, ['a','b'])
+    with pytest.raises(ValueError, match='3 images for 4 targs'): plot_wrong(r.images[:3], r.logits, r.targs, r.config['classes'])
+
+def test_pictures_use_given_axes():
+    axs = plt.subplots(1, 3)[1]
+    assert list(plot_history(history, axs))==list(axs) and len(plt.get_fignums())==1
+    assert plot_compare(three_methods(), plt.subplots(1, 2)[1])[0].get_xlabel()=='test accuracy (%)'
+    plt.close('all')

@@ -1,0 +1,354 @@
+"Scores against naive loops and float64 numpy; the model untouched; bad input; normalisers and the composite"
+import random
+from copy import deepcopy
+from types import SimpleNamespace
+import numpy as np, pytest, timm, torch
+from torch import nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader,TensorDataset
+from fclora.lora import *
+from fclora.scorers import *
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "These models are so small that threads only wait for one another"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def vit(seed=0, **kw):
+    torch.manual_seed(seed)
+    return timm.create_model('test_vit', **(dict(img_size=32, patch_size=8, num_classes=4, depth=3) | kw))
+
+def make_batches(sizes=(4,4,3,2), seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 3, 32, 32, generator=g), torch.randint(4, (n,), generator=g)) for n in sizes]
+
+def close(a, b, rtol=1e-4):
+    assert list(a)==list(b)
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=rtol)
+
+def grads(model, batch, sites, loss_func):
+    "Each site's weight gradient, from plain backward"
+    model.zero_grad()
+    batch_loss(model, batch, loss_func).backward()
+    return {s.name:model.get_submodule(s.path).weight.grad[s.rows].double() for s in sites}
+
+def naive(model, batches, sites=None, loss_func=F.cross_entropy):
+    "Batch Fisher and mean |gradient| from plain backward"
+    model,sites = deepcopy(model).eval().requires_grad_(True),sites or find_sites(model)
+    gs = [grads(model, b, sites, loss_func) for b in batches]
+    mean = lambda f: {s.name:float(np.mean([f(g[s.name]).mean().item() for g in gs])) for s in sites}
+    return dict(fisher=mean(torch.square), grad=mean(torch.abs))
+
+def singly(model, batches, **kw): return naive(model, [tuple(o[i:i+1] for o in b) for b in batches for i in range(len(b[-1]))], **kw)['fisher']
+
+@pytest.fixture
+def model(): return vit()
+@pytest.fixture
+def batches(): return make_batches()
+def raises(piece): return pytest.raises(ValueError, match=piece)
+
+# --- against naive loops
+
+losses = dict(ce=F.cross_entropy, smooth=nn.CrossEntropyLoss(label_smoothing=.1), mse=lambda o,y: F.mse_loss(o, F.one_hot(y, 4).float()),
+              bce=lambda o,y: F.binary_cross_entropy_with_logits(o, F.one_hot(y, 4).float()))
+
+@pytest.mark.parametrize('loss', losses)
+def test_all_gradient_scores_equal_naive_loops(model, batches, loss):
+    stats,kw = site_stats(model, batches, loss_func=losses[loss], sample_fisher=True),dict(loss_func=losses[loss])
+    want = naive(model, batches, **kw)
+    close(stats['fisher'], want['fisher']); close(stats['grad'], want['grad'])
+    close(stats['sample_fisher'], singly(model, batches, **kw))
+    assert len(set(stats['sample_fisher'].values()))==9   # slices of one layer are told apart
+
+def test_other_kinds_of_sites(model, batches):
+    sites = find_sites(model, kinds=('proj','fc1','fc2','k'))
+    stats = site_stats(model, batches, sites, sample_fisher=True)
+    close(stats['fisher'], naive(model, batches, sites)['fisher'])
+    close(stats['sample_fisher'], singly(model, batches, sites=sites))
+
+def test_batch_and_sample_fisher_differ_for_batches_and_agree_for_single_images(model, batches):
+    stats = site_stats(model, batches, sample_fisher=True)
+    assert all(stats['sample_fisher'][n]>stats['fisher'][n] for n in stats['fisher'])   # averaging gradients shrinks them
+    one = site_stats(model, make_batches([1]*5), sample_fisher=True)
+    close(one['sample_fisher'], one['fisher'])
+
+class Grid(nn.Module):
+    "Inputs with four dims, and a linear that is called twice, once on windows that mix into the batch"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q,self.head = nn.Linear(6, 6),nn.Linear(6, 4)
+    def forward(self, x): # (b, 2, 4, 6)
+        x = self.q(x).tanh()
+        x = self.q(x.reshape(-1, 4, 6)).reshape(x.shape)
+        return self.head(x.mean((1,2)))
+
+class Windows(nn.Module):
+    "As Swin: the first linear sees windows as a longer batch; returns an output with a loss, as Hugging Face models do"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query,self.classifier = nn.Linear(6, 6),nn.Linear(6, 4)
+    def forward(self, pixel_values, labels):
+        x = self.query(pixel_values.reshape(-1, 4, 6)).tanh().reshape(len(labels), -1, 6)
+        return SimpleNamespace(loss=F.cross_entropy(self.classifier(x.mean(1)), labels))
+
+def grids(sizes=(3,5), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 2, 4, 6, generator=g), torch.randint(4, (n,), generator=g)) for n in sizes]
+
+def test_a_linear_called_twice_on_inputs_with_more_than_three_dims():
+    stats = site_stats(Grid(), grids(), sample_fisher=True)
+    close(stats['fisher'], naive(Grid(), grids())['fisher'])
+    close(stats['sample_fisher'], singly(Grid(), grids()))
+
+def test_dict_batches_of_a_model_that_returns_its_loss():
+    as_dict = lambda bs: [dict(pixel_values=x, labels=y) for x,y in bs]
+    stats = site_stats(Windows(), as_dict(grids()), sample_fisher=True)
+    close(stats['fisher'], naive(Windows(), as_dict(grids()))['fisher'])
+    singles = [dict(pixel_values=x[i:i+1], labels=y[i:i+1]) for x,y in grids() for i in range(len(y))]
+    close(stats['sample_fisher'], naive(Windows(), singles)['fisher'])
+
+# --- covariance
+
+def test_covariance_trace_equals_float64_numpy_on_all_tokens(model, batches):
+    with torch.no_grad(): model.blocks[0].attn.qkv.bias += 30*torch.randn(192)
+    cov,sites = site_stats(model, batches)['cov'],find_sites(model)
+    outs = {s.path:[] for s in sites}
+    for p,o in outs.items():
+        model.get_submodule(p).register_forward_hook(lambda m,i,y,o=o: o.append(y.double().numpy().reshape(-1, 192)))
+    with torch.no_grad(): [model.eval()(x) for x,_ in batches]
+    tokens = {p:np.concatenate(o) for p,o in outs.items()}
+    assert tokens[sites[0].path].shape==(13*17, 192)
+    close(cov, {s.name:np.trace(np.cov(tokens[s.path][:,s.rows].T)) for s in sites}, rtol=1e-5)
+
+@pytest.mark.parametrize('mean,std', [(0,1),(50,.01),(1e3,.01),(-1e4,1),(0,1e-6)])
+def test_running_variance_with_a_large_mean_and_blocks_of_unequal_size(mean, std):
+    x = torch.randn(1001, 5, generator=torch.Generator().manual_seed(0))*std+mean
+    rv = RunningVar()
+    for b in x.split([1,2,300,7,691]): rv.update(b)
+    want = x.double().numpy()
+    np.testing.assert_allclose(rv.var, want.var(0, ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(rv.mean, want.mean(0), rtol=1e-6, atol=1e-6*std)
+    assert rv.n==1001
+
+def test_one_sample_has_no_variance():
+    rv = RunningVar()
+    rv.update(torch.ones(1, 3))
+    assert rv.var.tolist()==[0,0,0]
+
+def test_rows_in_any_leading_shape_and_precision():
+    x = torch.randn(4, 3, 2, 5)
+    a,b,c = RunningVar(),RunningVar(),RunningVar()
+    a.update(x); b.update(x.reshape(-1, 5)); c.update(x.bfloat16().requires_grad_())
+    assert_close(a.var, b.var, rtol=0, atol=0)
+    assert_close(c.var, x.bfloat16().double().reshape(-1, 5).var(0), rtol=1e-5, atol=0)
+
+# --- what must not matter
+
+def test_order_of_the_batches(model, batches):
+    a,b = (site_stats(model, o, sample_fisher=True) for o in (batches, [batches[i] for i in (2,0,3,1)]))
+    for m in a: close(a[m], b[m], rtol=1e-6)
+
+def test_mode_flags_grad_mode_and_progress(model, batches):
+    want = site_stats(model, batches)
+    drop = vit(proj_drop_rate=.5, attn_drop_rate=.5)
+    with torch.no_grad(): others = [site_stats(deepcopy(model).requires_grad_(False).eval(), batches), site_stats(drop.train(), batches, progress=True)]
+    for o in others:
+        for m in want: close(o[m], want[m], rtol=1e-6)
+
+def test_generators_are_read_no_further_than_needed(model, batches):
+    def forever():
+        for b in batches: yield b
+        raise AssertionError('read too far')
+    got = site_stats(model, forever(), n_batches=len(batches))
+    for m,v in site_stats(model, batches).items(): close(got[m], v, rtol=1e-6)
+    short = site_stats(model, forever(), n_batches=2)
+    for m,v in site_stats(model, batches[:2]).items(): close(short[m], v, rtol=1e-6)
+
+def test_half_precision_scores_are_near_and_accumulated_in_float32(model, batches):
+    want = site_stats(model, batches)
+    half = site_stats(deepcopy(model).bfloat16(), [(x.bfloat16(), y) for x,y in batches], loss_func=lambda o,y: F.cross_entropy(o.float(), y))
+    for m in ('grad','cov'): close(half[m], want[m], rtol=.1)
+
+def test_an_adapted_model_scores_as_its_base(model, batches):
+    want = site_stats(model, batches)
+    adapt(model, {s.name:2 for s in find_sites(model)})
+    for m,v in site_stats(model, batches).items(): close(v, want[m], rtol=1e-5)
+
+# --- the model is left as it was
+
+class Busy(nn.Module):
+    "A ViT with batch norm and dropout before it"
+    def __init__(self):
+        super().__init__()
+        self.bn,self.drop,self.vit,self.head = nn.BatchNorm2d(3),nn.Dropout(.1),vit(num_classes=0),nn.Linear(64, 4)
+    def forward(self, x): return self.head(self.vit(self.drop(self.bn(x))))
+
+def busy():
+    "A model in an uncommon state: mixed modes, mixed flags, gradients and hooks of its own"
+    m = Busy().train()
+    m.vit.blocks[2].eval()
+    for p in list(m.parameters())[::3]: p.requires_grad_(False)
+    for i,p in enumerate(m.parameters()):
+        if i%2: p.grad = torch.full_like(p, i)
+    m.vit.blocks[0].attn.qkv.register_forward_hook(lambda m,i,o: None)
+    return m
+
+def snapshot(m):
+    grads = {n:(id(p.grad), p.grad.clone()) if p.grad is not None else None for n,p in m.named_parameters()}
+    return (deepcopy(m.state_dict()), grads, {n:p.requires_grad for n,p in m.named_parameters()}, {n:o.training for n,o in m.named_modules()},
+            {n:[list(h) for h in (o._forward_hooks, o._forward_pre_hooks, o._backward_hooks, o._backward_pre_hooks)] for n,o in m.named_modules()},
+            torch.get_rng_state(), np.random.get_state()[1:3], random.getstate(), torch.is_grad_enabled())
+
+def assert_unchanged(m, old):
+    new = snapshot(m)
+    for a,b in zip(old[:2], new[:2]): assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert old[2:5]==new[2:5] and torch.equal(old[5], new[5]) and old[6][0].tolist()==new[6][0].tolist() and old[6][1]==new[6][1]
+    assert old[7:]==new[7:]
+
+def noisy(batches, fail_at=None):
+    "Batches whose making draws from all three random states, and perhaps fails"
+    for i,b in enumerate(batches):
+        torch.rand(1); np.random.rand(); random.random()
+        if i==fail_at: raise RuntimeError('the disk is gone')
+        yield b
+
+def test_model_and_random_states_are_untouched(batches):
+    m = busy()
+    old = snapshot(m)
+    site_stats(m, noisy(batches), sample_fisher=True)
+    assert_unchanged(m, old)
+    dl = DataLoader(TensorDataset(torch.cat([x for x,_ in batches]), torch.cat([y for _,y in batches])), 4, shuffle=True)
+    site_stats(m, dl)
+    assert_unchanged(m, old)
+
+def breaks(o, y): raise KeyError('no such loss')
+class Interrupts(nn.Module):
+    def forward(self, x): raise KeyboardInterrupt
+
+@pytest.mark.parametrize('how', ['data','loss','nan','interrupt'])
+def test_model_is_untouched_when_scoring_fails_midway(batches, how):
+    m = busy()
+    if how=='interrupt': m.vit.blocks[1].mlp.act = Interrupts()
+    bad = batches[:2]+[(batches[2][0]*float('nan'), batches[2][1])] if how=='nan' else batches
+    old = snapshot(m)
+    with pytest.raises((RuntimeError,KeyError,ValueError,KeyboardInterrupt)):
+        site_stats(m, noisy(bad, 2 if how=='data' else None), loss_func=breaks if how=='loss' else F.cross_entropy, sample_fisher=True)
+    assert_unchanged(m, old)
+
+# --- bad input
+
+def test_a_loss_that_is_no_number_names_the_batch(model, batches):
+    for v in (float('nan'), float('inf')): # the third batch is the one of three images
+        with raises(f'the loss is {v} in scoring batch 3; check'): site_stats(model, batches, loss_func=lambda o,y: F.cross_entropy(o, y)*(v if len(y)==3 else 1))
+
+def test_a_gradient_that_is_not_finite_names_site_and_batch(model, batches):
+    huge = lambda o,y: F.cross_entropy(o, y)*(1e30 if len(y)==3 else 1)
+    with raises('gradient of blocks.0.attn.qkv.q is inf in scoring batch 3'): site_stats(model, batches, loss_func=huge)
+    with raises('gradient of blocks.0.attn.qkv.q is nan in scoring batch 1'): site_stats(model, batches, loss_func=lambda o,y: (o*0).sum().abs().sqrt())
+
+def test_a_head_of_zeros_is_an_error_that_says_so(model, batches):
+    nn.init.zeros_(model.head.weight)
+    with raises('every gradient is zero: the head is probably all zeros.*--head-warmup'): site_stats(model, batches)
+    assert max(site_stats(warmup_head(model, batches, 1), batches)['grad'].values())>0
+
+@pytest.mark.parametrize('none', [[],iter([])])
+def test_no_batches(model, none):
+    with raises('no batch to score'): site_stats(model, none)
+
+def test_no_batches_because_none_are_wanted(model, batches):
+    with raises('no batch to score'): site_stats(model, batches, n_batches=0)
+
+class Unused(Grid):
+    def forward(self, x): return self.head(F.linear(x, self.q.weight).mean((1,2)))
+
+def test_a_layer_that_is_never_called(model):
+    with raises('q was never called.*`include`'): site_stats(Unused(), grids())
+
+def test_a_loss_cut_off_from_the_model(model, batches):
+    with raises('does not depend on any site'): site_stats(model, batches, loss_func=lambda o,y: F.cross_entropy(o.detach(), y))
+
+# --- warming up the head
+
+def test_warm_up_trains_the_head_and_nothing_else(batches):
+    m = busy()
+    for p in m.head.parameters(): p.grad = None
+    old,loss = snapshot(m),lambda: sum(batch_loss(deepcopy(m).eval(), b, F.cross_entropy).item() for b in batches)
+    cold = loss()
+    assert warmup_head(m, batches, 30) is m and loss()<.9*cold
+    for n in ('head.weight','head.bias'):
+        assert not torch.equal(m.state_dict()[n], old[0][n])
+        m.get_parameter(n).data.copy_(old[0][n])
+    assert_unchanged(m, old)
+
+def test_warm_up_takes_exactly_as_many_steps_as_asked(model, batches):
+    seen = []
+    warmup_head(model, batches, 6, loss_func=lambda o,y: seen.append(len(y)) or F.cross_entropy(o, y))
+    assert seen==[4,4,3,2,4,4]
+    weight = model.head.weight.detach().clone()
+    warmup_head(model, batches, 0)
+    assert_close(model.head.weight.detach(), weight, rtol=0, atol=0)
+
+class Empty:
+    "Yields nothing, and complains when asked again and again"
+    asked = 0
+    def __iter__(self):
+        self.asked += 1
+        assert self.asked<100, 'asked for batches for ever'
+        return iter([])
+
+def test_warm_up_without_batches_is_an_error(model):
+    with raises('no batch'): warmup_head(model, Empty(), 3)
+
+def test_warm_up_without_a_head(batches):
+    with raises('VisionTransformer has no head to warm up'): warmup_head(timm.create_model('test_vit', num_classes=0), batches, 1)
+
+# --- normalisers and the composite
+
+vals = dict(a=4., b=1., c=1000., d=0.)
+
+def test_normalisers_by_hand():
+    assert normalise(vals)==pytest.approx(dict(a=.004, b=.001, c=1, d=0))
+    assert normalise(vals, 'rank')==pytest.approx(dict(a=2/3, b=1/3, c=1, d=0))
+    assert normalise(vals, 'log')==pytest.approx(dict(a=np.log(4)/np.log(1000), b=0, c=1, d=0))
+    assert normalise(dict(a=1., b=1., c=2.), 'rank')==pytest.approx(dict(a=.25, b=.25, c=1))   # ties share a rank
+
+@pytest.mark.parametrize('how', normalisers)
+def test_normalisers_keep_order_and_ignore_scale(how):
+    x = {str(i):v for i,v in enumerate(np.random.default_rng(0).lognormal(0, 3, 36))}
+    n = normalise(x, how)
+    assert sorted(n, key=n.get)==sorted(x, key=x.get) and min(n.values())==0 and max(n.values())==1
+    assert normalise({k:v*1e-12 for k,v in x.items()}, how)==pytest.approx(n, abs=1e-9)
+
+@pytest.mark.parametrize('how', normalisers)
+@pytest.mark.parametrize('v', [0.,3.,1e-300])
+def test_equal_values_and_a_single_site_stay_finite_and_equal(how, v):
+    n = normalise(dict(a=v, b=v, c=v), how)
+    assert n['a']==n['b']==n['c'] and 0<=n['a']<=1
+    assert 0<=normalise(dict(a=v), how)['a']<=1
+
+def test_errors_of_normalise():
+    with raises("unknown normaliser 'z'; there are minmax, rank, log"): normalise(vals, 'z')
+    for v in (float('nan'), float('inf')):
+        with raises(f'the metric of b is {v}; scores must be finite'): normalise(dict(a=1., b=v))
+
+stats = dict(fisher=dict(a=0., b=1., c=4.), grad=dict(a=2., b=1., c=3.), cov=dict(a=10., b=0., c=5.))
+
+def test_composite_by_hand():
+    assert composite(stats)==pytest.approx(dict(a=.6*0+.2*.5+.2, b=.6*.25, c=.6+.2+.2*.5))
+    assert composite(stats, dict(fisher=1.))==normalise(stats['fisher'])
+    assert composite(stats, dict(grad=2., cov=0.), 'rank')==pytest.approx(dict(a=1, b=0, c=2))
+
+def test_composite_of_metrics_without_fisher():
+    assert composite(dict(cov=stats['cov']), dict(cov=1.))==normalise(stats['cov'])
+
+@pytest.mark.parametrize('weights,piece', [(dict(hessian=1.), "no metric 'hessian' was measured; there are fisher, grad, cov"),
+    (dict(fisher=-1.), 'weight of fisher must be a finite number of at least 0, got -1'), (dict(grad=float('nan')), 'weight of grad'),
+    (dict(fisher=0., cov=0), 'every weight is 0')])
+def test_errors_of_composite(weights, piece):
+    with raises(piece): composite(stats, weights)
