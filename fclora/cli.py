@@ -10,17 +10,10 @@ __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_fol
            'KeepEpochs', 'finetune', 'compare', 'evaluate', 'predict', 'merge_cmd', 'usage', 'parser', 'main']
 
 # %% ../nbs/08_cli.ipynb #40d2b431
-import json,os,platform,resource,shutil,sys,time,traceback
-from contextlib import contextmanager,nullcontext
+import json,os,platform,resource,sys,time,traceback,warnings
+from contextlib import ExitStack,contextmanager
 from inspect import signature
 from pathlib import Path
-import numpy as np, pandas as pd, timm, torch
-from fastcore.meta import delegates
-from fastcore.script import anno_parser
-from fastai.callback.core import Callback
-from fastai.data.transforms import get_files
-from fastai.torch_core import default_device,set_seed
-from tqdm import tqdm
 from . import __version__
 from .lora import *
 from .scorers import *
@@ -31,6 +24,13 @@ from .learner import *
 from .calibration import *
 from .report import *
 from .artifacts import *
+import numpy as np, pandas as pd, timm, torch
+from fastcore.meta import delegates
+from fastcore.script import anno_parser
+from fastai.callback.core import Callback
+from fastai.data.transforms import get_files
+from fastai.torch_core import default_device,set_seed
+from tqdm import tqdm
 
 # %% ../nbs/08_cli.ipynb #b2902743
 def _pick(f, kw, but=()): return {k:v for k,v in kw.items() if k in signature(f).parameters and k not in but}
@@ -67,7 +67,8 @@ def prepare(
     num_workers:int=0, # Processes that decode images when they do not fit in memory
     device:str=None, # cpu, cuda, ...; the GPU if there is one
     seed:int=0, # Of the split, the head, the adapters, the batches
-    bs:int=64, # Batch size
+    bs:int=32, # Batch size
+    head_std:float=.02, # Spread of the fresh head
     quiet:bool=False # No progress bars
 )->tuple: # (dls, model, its description, description of the data, images)
     "Load images and backbone"
@@ -78,7 +79,7 @@ def prepare(
     cfg = timm.get_pretrained_cfg(name)
     images = load_images(data, size or cfg.input_size[-1], valid_pct, test_pct, seed, data_root, interpolation=cfg.interpolation, skip_bad=skip_bad, progress=not quiet)
     set_seed(seed)
-    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size)
+    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, device=device, num_workers=num_workers, seed=seed)
     info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, seed=seed, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
     return dls,net,model_config(net, name, pretrained, checkpoint, one_head, size),info,images
@@ -115,12 +116,12 @@ def hardware(device
     return f'{torch.cuda.get_device_name(device)}, {cpus}' if device.type=='cuda' else cpus
 
 # %% ../nbs/08_cli.ipynb #d3a72e12
-@delegates(prepare, but=['data','bs'])
+@delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 def score(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     method:str='fclora', # fclora, uniform, random or naive
-    batch_size:int=64, # Images a scoring batch, unless --score-bs is given
+    batch_size:int=32, # Images a scoring batch, unless --score-bs is given
     out:str=None, # File for the Plan, such as plan.json
     seed:int=0, # Of everything random
     quiet:bool=False, # Print nothing but the result
@@ -154,6 +155,9 @@ def _what(base, net, info, method, plan, rcp, images):
         f'{plan.adapter_params:,} adapter parameters ({plan.total_rank} ranks over {len(plan.sites)} sites) and the head'
     return f"{base['name']} ({n['backbone']:,} parameters) on {images!r}. Method {method}: trains {how}, {rcp['epochs']} epochs, batch size {rcp['batch_size']}"
 
+def _epoch_line(h, n):
+    return f'epoch {h.epoch:.0f}/{n}  train loss {h.train_loss:.4f}  valid loss {h.valid_loss:.4f}  accuracy {h.accuracy:.4f}  {h.seconds:.1f} s'
+
 def _measure(net, dls, quiet, seconds):
     "Temperature from the validation images, then one look at the test images"
     with timed(seconds, 'calibrate'):
@@ -169,9 +173,9 @@ def _memory_advice(bs):
     except torch.OutOfMemoryError: raise MemoryError(f'out of GPU memory at batch size {bs}; try --batch-size {max(bs//2, 2)}') from None
 
 # %% ../nbs/08_cli.ipynb #8419f2f6
-@delegates(prepare, but=['data','bs'])
+@delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
-@delegates(recipe, keep=True, but=['method'])
+@delegates(recipe, keep=True, but=['method','arch'])
 def finetune(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     method:str='fclora', # fclora, uniform, random, naive, head (linear probe) or full (fine-tuning)
@@ -184,10 +188,10 @@ def finetune(
 )->Run:
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
     if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
-    rcp,sec,start = recipe(method, **_pick(recipe, kwargs)),{},time.perf_counter()
+    rcp,sec,start = recipe(method, kwargs.get('model') or default_model(data), **_pick(recipe, kwargs)),{},time.perf_counter()
     given = Plan.load(plan) if plan else None
     out = new_folder(out, f'{Path(data).name}-{method}', force)
-    with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], **_pick(prepare, kwargs))
+    with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
     say = (lambda *a: None) if quiet else print
     net.to(dls.device)
@@ -201,9 +205,12 @@ def finetune(
         def save(status, history, T=None):
             run.config,run.history = run_config(learn, base, method, info, seed, T, status),history
             save_run(run, out)
+            if bars and T is None: say(_epoch_line(history.iloc[-1], rcp['epochs']))
         learn = fclora_learner(dls, net, method=method, plan=plan, rcp=rcp, seed=seed, cbs=(keep := KeepEpochs(save)))
-        bars = nullcontext() if sys.stdout.isatty() and not quiet else learn.no_bar()
-        with timed(sec, 'train'), bars, learn.no_logging() if quiet else nullcontext(): learn.fit_recipe()
+        bars = [] if sys.stdout.isatty() and not quiet else [learn.no_bar(), learn.no_logging()]
+        with timed(sec, 'train'), ExitStack() as stack:
+            for o in bars: stack.enter_context(o)
+            learn.fit_recipe()
     T,valid,test,run.logits,run.targs = _measure(net, dls, quiet, sec)
     mib,kind = peak_memory(dls.device)
     run.metrics = dict(method=method, model=base['name'], seed=seed, epochs=rcp['epochs'], total_rank=run.plan.total_rank if run.plan else None, params=count_params(net), valid=valid, test=test,
@@ -365,12 +372,14 @@ def main(
     if argv[0] not in commands: print(f"fclora: error: no command {argv[0]!r}; there are {', '.join(commands)}", file=sys.stderr); return 2
     kw = vars(parser(argv[0]).parse_args(argv[1:]))
     debug,_,_ = kw.pop('debug'),kw.pop('pdb', None),kw.pop('xtra', None)
-    try: res = commands[argv[0]](*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
-    except KeyboardInterrupt: print('fclora: interrupted; what was finished is kept in the run folder', file=sys.stderr); return 130
-    except Exception as e:
-        if debug: traceback.print_exc()
-        expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError))
-        text = ' '.join(str(e).split()) or type(e).__name__
-        print(f"fclora: error: {text}" if expected else f'fclora: error: {type(e).__name__}: {text} (--debug shows where)', file=sys.stderr)
-        return 1
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda msg,*a,**k: print(f'fclora: warning: {msg}', file=sys.stderr)
+        try: res = commands[argv[0]](*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
+        except KeyboardInterrupt: print('fclora: interrupted; what was finished is kept in the run folder', file=sys.stderr); return 130
+        except Exception as e:
+            if debug: traceback.print_exc()
+            expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError))
+            text = ' '.join(str(e).split()) or type(e).__name__
+            print(f"fclora: error: {text}" if expected else f'fclora: error: {type(e).__name__}: {text} (--debug shows where)', file=sys.stderr)
+            return 1
     return int(argv[0]=='predict' and any('error' in o for o in res))

@@ -17,6 +17,10 @@ import os,pickle,socket,sys
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from .lora import *
+from .scorers import *
+from .allocators import *
+from .data import *
 import timm, torch
 from torch import nn
 from fastcore.basics import patch
@@ -41,10 +45,6 @@ from timm.models import build_model_with_cfg,generate_default_cfgs,register_mode
 from timm.models.vision_transformer import VisionTransformer,checkpoint_filter_fn
 from timm.models.deit import VisionTransformerDistilled
 from tqdm import tqdm
-from .lora import *
-from .scorers import *
-from .allocators import *
-from .data import *
 
 # %% ../nbs/04_learner.ipynb #18d54d6c
 default_cfgs = generate_default_cfgs({'vit_pico.tinyimagenet32': dict(
@@ -140,9 +140,11 @@ def init_head(
     model:nn.Module, # Changed in place
     std:float=.02 # Standard deviation of the weights; must not be 0, or no gradient reaches the backbone
 )->nn.Module: # `model`
-    "Fresh classifiers: truncated normal weights, zero biases"
-    for n,p in model.named_parameters():
-        if is_head(n, head_names(model)): nn.init.trunc_normal_(p, std=std) if p.ndim>1 else nn.init.zeros_(p)
+    "Fresh classifiers: normal weights cut off at two standard deviations, zero biases"
+    heads = head_names(model)
+    with torch.no_grad():
+        for n,p in model.named_parameters():
+            if is_head(n, heads): nn.init.trunc_normal_(p).mul_(std if p.ndim>1 else 0)
     return model
 
 # %% ../nbs/04_learner.ipynb #0bcab87e
@@ -175,29 +177,32 @@ def image_config(
 # %% ../nbs/04_learner.ipynb #6e8f7d32
 def recipe(
     method:str='fclora', # fclora, uniform, random, naive, head or full; only the learning rate depends on it
-    epochs:int=None, # Passes over the training images; 10 by default, as the papers on CIFAR-10
-    batch_size:int=64, # Images a step
-    lr:float=None, # Learning rate of the backbone: adapters 2e-3, full fine-tuning 2e-4 by default
-    head_lr:float=2e-3, # Learning rate of the head
+    arch:str=None, # Name of the backbone; likewise
+    epochs:int=10, # Passes over the training images; 10 as in the papers on CIFAR-10
+    batch_size:int=32, # Images a step
+    lr:float=None, # Learning rate of the backbone: 1e-3 for adapters, 2e-4 for full fine-tuning, on vit_pico five times that
+    head_lr:float=None, # Learning rate of the head: 1e-3, on vit_pico five times that
     wd:float=.05, # AdamW's decoupled weight decay; never on biases and norms
     schedule:str='cosine', # cosine (no warm-up) or onecycle
     pct_start:float=.25, # Share of one-cycle that warms up
     cutmix:float=1., # Beta parameter of CutMix; 0 turns it off
     smoothing:float=.1, # Label smoothing
-    clip:float=1., # Largest norm of the gradient
+    clip:float=1., # Largest norm of the gradient; 0 turns clipping off
     lora_alpha:float=8., # Numerator of the LoRA scaling
     rslora:bool=True, # Scale by `lora_alpha/sqrt(r)` instead of `lora_alpha/r`?
     dropout:float=0., # On the input of the adapters
     head_std:float=.02, # Spread of the fresh head's weights
-)->dict: # All of these, resolved
+)->dict: # All of these but `method` and `arch`, resolved
     "Every value that the papers leave open, in one place"
-    r = dict(locals())
+    r = {k:v for k,v in locals().items() if k not in ('method','arch')}
+    times = 5 if (arch or '').startswith('vit_pico') else 1
+    for k,v in dict(lr=2e-4 if method=='full' else 1e-3, head_lr=1e-3).items(): r[k] = v*times if r[k] is None else r[k]
+    for k,low in dict(epochs=1, batch_size=2, lr=0, head_lr=0, wd=0, cutmix=0, clip=0, lora_alpha=0, head_std=0).items():
+        if not r[k]>=low: raise ValueError(f'{k} must be at least {low}, got {r[k]}')
+    for k in ('smoothing','dropout','pct_start'):
+        if not 0<=r[k]<1: raise ValueError(f'{k} must be at least 0 and below 1, got {r[k]}')
     if schedule not in ('cosine','onecycle'): raise ValueError(f'schedule must be cosine or onecycle, got {schedule!r}')
-    for k,lo in dict(batch_size=2, head_lr=0, wd=0, cutmix=0, clip=0, lora_alpha=0, head_std=0).items():
-        if r[k]<lo: raise ValueError(f'{k} must be at least {lo}, got {r[k]}')
-    if epochs is not None and epochs<1: raise ValueError(f'epochs must be at least 1, got {epochs}')
-    if not 0<=smoothing<1 or not 0<=dropout<1: raise ValueError(f'smoothing and dropout must be in [0, 1), got {smoothing} and {dropout}')
-    return dict(r, epochs=epochs or 10, lr=(2e-4 if method=='full' else 2e-3) if lr is None else lr)
+    return r
 
 # %% ../nbs/04_learner.ipynb #2b40a878
 def param_groups(
@@ -297,7 +302,7 @@ def fclora_learner(
 )->Learner: # With `plan` (None for head and full) and `recipe`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains the adapters and head of `arch` under the recipe"
     if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
-    rcp = rcp or recipe(method)
+    rcp = rcp or recipe(method, arch if isinstance(arch, str) else None)
     set_seed(seed)
     model,name = (create_backbone(arch, dls.c, head_std=rcp['head_std']),arch) if isinstance(arch, str) else (arch,type(arch).__name__)
     model.to(dls.device)

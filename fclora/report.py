@@ -8,11 +8,11 @@ that needs nothing else. Nothing here trains a model or loads one."""
 
 # %% auto #0
 __all__ = ['Run', 'paper_table', 'markdown_table', 'text_table', 'bootstrap_interval', 'compare_json', 'compare_table',
-           'plot_history', 'plot_class_accuracy', 'confused_pairs', 'plot_confused', 'plot_wrong', 'plot_compare',
-           'settings_table', 'report_html', 'compare_html', 'save_report']
+           'read_compare', 'plot_history', 'plot_class_accuracy', 'confused_pairs', 'plot_confused', 'plot_wrong',
+           'plot_compare', 'settings_table', 'report_html', 'compare_html', 'save_report']
 
 # %% ../nbs/06_report.ipynb #fde11114
-import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt, warnings
+import json, numpy as np, pandas as pd, torch, matplotlib.pyplot as plt, warnings
 from base64 import b64encode
 from collections import Counter
 from dataclasses import dataclass
@@ -139,9 +139,15 @@ def _check_comparable(runs):
     if n>1: raise ValueError(f'{n} runs of {m} have seed {s}; give one run for each method and seed')
 
 # %% ../nbs/06_report.ipynb #6e8244b6
+def _run_json(r):
+    "What is known of a run, without its model, as plain values"
+    kept = {k:v for k,v in r.config.items() if k in ('model','data','method','seed','classes','T','recipe','versions')}
+    return dict(method=r.config['method'], seed=r.config['seed'], config=kept, metrics=r.metrics,
+                history=[] if r.history is None else r.history.to_dict('records'), plan=r.plan and r.plan.to_dict())
+
 def compare_json(
     runs:list # `Run`s of one model on one data set, by several methods, best with the same seeds
-)->dict: # model, data, methods: {method: numbers}, runs: [{method, seed, metrics}]
+)->dict: # model, data, methods: {method: numbers}, runs: [{method, seed, config, metrics, history, plan}]
     "Every number of a comparison, as plain values ready for JSON"
     runs = listify(runs)
     _check_comparable(runs)
@@ -153,7 +159,7 @@ def compare_json(
             trained_parameters=round(np.mean([r.metrics['params']['trainable'] for r in rs])),
             points_to_uniform=_to_uniform(accs[m], accs['uniform']) if 'uniform' in accs and m!='uniform' else None)
     return dict(model=runs[0].config['model']['name'], data=runs[0].config['data']['name'], methods={m:row(m, rs) for m,rs in by.items()},
-                runs=[dict(method=r.config['method'], seed=r.config['seed'], metrics=r.metrics) for r in runs])
+                runs=[_run_json(r) for r in runs])
 
 # %% ../nbs/06_report.ipynb #944c8b20
 def _pm(d, k=1, digits=2): return f"{k*d['mean']:.{digits}f}" + (f" ± {k*d['std']:.{digits}f}" if d['std'] is not None else '')
@@ -170,6 +176,14 @@ def compare_table(
         'ECE raw':_pm(d['ece_raw'], 1, 4), 'ECE scaled':_pm(d['ece'], 1, 4), 'NLL scaled':_pm(d['nll'], 1, 4),
         'trained parameters':f"{d['trained_parameters']:,}", 'training, s':_secs(d['train_seconds']['mean'])} for m,d in ms.items()}).T
     return (df if 'uniform' in ms else df.drop(columns='to uniform, points')).rename_axis('method')
+
+# %% ../nbs/06_report.ipynb #dd0d7c90
+def read_compare(
+    path # JSON file that holds what `compare_json` returns
+)->list: # `Run`s, without models and logits
+    "The runs of a stored comparison, for tables and pictures without training"
+    rows = json.loads(Path(path).read_text(encoding='utf-8'))['runs']
+    return [Run(r['config'], r['metrics'], pd.DataFrame(r['history']), r['plan'] and plan_from_dict(r['plan'], path)) for r in rows]
 
 # %% ../nbs/06_report.ipynb #b6bcc202
 def _axes(on, size, nrows=1, ncols=1, **kw):

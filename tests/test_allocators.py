@@ -2,6 +2,7 @@
 import itertools,json
 from copy import deepcopy
 from dataclasses import replace
+from importlib.metadata import version
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, timm, torch
 from hypothesis import assume,given,settings,strategies as st
@@ -23,7 +24,7 @@ def problems(draw, costs=None, n_max=12):
     scores = named(draw(st.lists(score, min_size=1, max_size=n_max)))
     lo = {n:draw(st.integers(0, 3)) for n in scores}
     hi = {n:l+draw(st.integers(0, 8)) for n,l in lo.items()}
-    cs = {n:draw(costs) for n in scores} if costs else None
+    cs = None if costs is None else {n:draw(costs) for n in scores}
     return scores,draw(st.integers(spent(lo, cs), spent(hi, cs))),lo,hi,cs
 
 @st.composite
@@ -238,7 +239,7 @@ def test_make_plan_holds_what_the_parts_say(plan, sites, stats):
     assert plan.scores==composite(stats) and plan.metrics==stats and plan.sites==sites
     assert plan.ranks==waterfill(plan.scores, 60) and plan.total_rank==60 and plan.adapter_params==60*128
     assert plan.settings==dict(weights=dict(fisher=.6, grad=.2, cov=.2), normaliser='minmax', seed=0, n_batches=8)
-    assert {'fclora','torch','timm','fastai'}<=set(plan.versions) and plan.versions['torch']==torch.__version__.split('+')[0] or '+' in plan.versions['torch']
+    assert {'fclora','torch','timm','fastai'}<=set(plan.versions) and plan.versions['torch']==version('torch')
 
 @pytest.mark.parametrize('method', ['fclora','uniform','random','naive'])
 @pytest.mark.parametrize('unit', ['ranks','params'])
@@ -262,11 +263,14 @@ def test_an_edited_rank_that_cannot_be_is_an_error(plan, tmp_path, r):
     with raises('rank of blocks.1.attn.qkv.k must be a whole number in 0..64'): Plan.load(path)
 
 damage = dict(
-    top_key=(lambda d: d.pop('budget'), "is not a Plan: KeyError 'budget'"), no_format=(lambda d: d.pop('format'), "is not a Plan: KeyError 'format'"),
-    rank=(lambda d: d['sites'][3].pop('rank'), "is not a Plan: KeyError 'rank'"), metric=(lambda d: d['sites'][3].pop('grad'), "is not a Plan: KeyError 'grad'"),
+    top_key=(lambda d: d.pop('budget'), "is not a Plan: KeyError 'budget'"),
+    no_format=(lambda d: d.pop('format'), "is not a Plan: KeyError 'format'"),
+    rank=(lambda d: d['sites'][3].pop('rank'), "is not a Plan: KeyError 'rank'"),
+    metric=(lambda d: d['sites'][3].pop('grad'), "is not a Plan: KeyError 'grad'"),
     no_sites=(lambda d: d['sites'].clear(), 'is not a Plan'), sites_text=(lambda d: d.update(sites='abc'), 'is not a Plan'),
     site_text=(lambda d: d.update(sites=['abc']), 'is not a Plan'), sites_null=(lambda d: d.update(sites=None), 'is not a Plan'),
-    width_text=(lambda d: d['sites'][3].update(d_in='64'), 'p.json is not a Plan'), width_null=(lambda d: d['sites'][3].update(d_out=None), 'p.json is not a Plan'),
+    width_text=(lambda d: d['sites'][3].update(d_in='64'), 'p.json is not a Plan'),
+    width_null=(lambda d: d['sites'][3].update(d_out=None), 'p.json is not a Plan'),
     name_twice=(lambda d: d['sites'].append(d['sites'][0]), 'blocks.0.attn.qkv.q.*twice'),
     newer=(lambda d: d.update(format=2), 'p.json has format 2, made by a newer fclora; this one reads format 1'))
 
@@ -310,8 +314,9 @@ def test_check_notices_an_edited_site(plan, model, kw):
 def test_str_shows_every_rank_in_its_row_and_column(plan, sites):
     head,blocks,*rows = str(plan).splitlines()
     assert '60 ranks' in head and '7,680 parameters over 18 sites of test_vit' in head and blocks.split()==['block',*'012345']
+    number = lambda cell: int(''.join(c for c in cell if c.isdigit()))
     for k,row in zip('qkv', rows, strict=True):
-        assert row[0]==k and [int(''.join(c for c in o if c.isdigit())) for o in (row[5+5*b:10+5*b] for b in range(6))]==[plan.ranks[s.name] for s in sites if s.kind==k]
+        assert row[0]==k and [number(row[5+5*b:10+5*b]) for b in range(6)]==[plan.ranks[s.name] for s in sites if s.kind==k]
 
 def test_str_of_zero_ranks_and_of_gaps(model, sites):
     some = [s for s in sites if s.name!='blocks.1.attn.qkv.k']

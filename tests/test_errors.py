@@ -15,7 +15,7 @@ def fails(capsys, *args, status=1):
     assert len(err)==1 and 'Traceback' not in err[0]
     return err[0]
 
-def tune(*args, model='vit_pico'): return ['finetune', *args, *(['--model', model] if model else []), *QUICK]
+def tune(*args, model='vit_pico'): return ['finetune', *QUICK, *args, *(['--model', model] if model else [])]
 
 def test_no_such_folder(capsys): assert 'no folder and no data set' in fails(capsys, *tune('no/such/folder'))
 def test_misspelt_data_set(capsys): assert 'did you mean digits' in fails(capsys, *tune('digit'))

@@ -244,8 +244,9 @@ def test_model_is_untouched_when_scoring_fails_midway(batches, how):
 # --- bad input
 
 def test_a_loss_that_is_no_number_names_the_batch(model, batches):
-    for v in (float('nan'), float('inf')): # the third batch is the one of three images
-        with raises(f'the loss is {v} in scoring batch 3; check'): site_stats(model, batches, loss_func=lambda o,y: F.cross_entropy(o, y)*(v if len(y)==3 else 1))
+    for v in (float('nan'), float('inf')):
+        bad = lambda o,y: F.cross_entropy(o, y)*(v if len(y)==3 else 1)   # the third batch is the one of three images
+        with raises(f'the loss is {v} in scoring batch 3; check'): site_stats(model, batches, loss_func=bad)
 
 def test_a_gradient_that_is_not_finite_names_site_and_batch(model, batches):
     huge = lambda o,y: F.cross_entropy(o, y)*(1e30 if len(y)==3 else 1)
