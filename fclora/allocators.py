@@ -11,6 +11,7 @@ __all__ = ['methods', 'rank_caps', 'waterfill', 'uniform', 'random_ranks', 'naiv
 
 # %% ../nbs/02_allocators.ipynb #58106770
 import json,math,os,random,re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass,field,asdict
 from functools import reduce
@@ -318,12 +319,13 @@ def plan_from_dict(
     try:
         if d['format']!=1: raise ValueError(f"{source} has format {d['format']}, made by a newer fclora; this one reads format 1")
         rows = d['sites']
+        if twice := [n for n,k in Counter(r['name'] for r in rows).items() if k>1]: raise ValueError(f'{source} names the site {twice[0]} twice')
         sites = [Site(**{k:r[k] for k in _site_keys}) for r in rows]
         ranks,ms = {r['name']:r['rank'] for r in rows},[k for k in rows[0] if k not in (*_site_keys, 'score', 'rank')]
         plan = Plan(d['model'], sites, ranks, d['budget'], d['unit'], d['method'], d['lo'], d['hi'], {m:{r['name']:r[m] for r in rows} for m in ms},
                     {r['name']:r['score'] for r in rows if 'score' in r}, d['settings'], d['versions'])
+        for s in sites: check_rank(s, ranks[s.name])
     except (KeyError, IndexError, TypeError) as e: raise ValueError(f'{source} is not a Plan: {type(e).__name__} {e}') from None
-    for s in sites: check_rank(s, ranks[s.name])
     return plan
 
 # %% ../nbs/02_allocators.ipynb #3eb1b98f

@@ -8,8 +8,8 @@ and `merge`, `unmerge` and `unload` move between the adapted and the plain model
 
 # %% auto #0
 __all__ = ['site_patterns', 'kinds', 'Site', 'layer_kinds', 'find_sites', 'check_names', 'lora_scaling', 'LoRALinear', 'adapt',
-           'check_rank', 'lora_layers', 'head_names', 'is_adapter', 'is_head', 'freeze', 'count_params', 'merge',
-           'unmerge', 'unload', 'adapter_state']
+           'swap_module', 'check_rank', 'lora_layers', 'head_names', 'is_adapter', 'is_head', 'freeze', 'count_params',
+           'merge', 'unmerge', 'unload', 'adapter_state']
 
 # %% ../nbs/00_lora.ipynb #2dc4bc68
 import math,re
@@ -123,10 +123,10 @@ class LoRALinear(nn.Linear):
 
     def factors(self):
         "All sites as one pair: stacked `A` (R, d_in) and `s*B` (d_out, R), block by block"
-        A,B,c,R = torch.cat(list(self.lora_A.values())),0,0,sum(map(len, self.lora_A.values()))
+        A,B,c = torch.cat([self.lora_A[k] for k in self.sites]),0,0
         for k,s in self.sites.items():
             Bk = self.lora_B[k]*self.scaling[k]
-            B = B + F.pad(Bk, (c, R-c-Bk.shape[1], s.start, self.out_features-s.start-s.d_out))
+            B = B + F.pad(Bk, (c, len(A)-c-Bk.shape[1], s.start, self.out_features-s.start-s.d_out))
             c += Bk.shape[1]
         return A,B
 
@@ -138,7 +138,7 @@ class LoRALinear(nn.Linear):
 
     @property
     def merged(self): return self.base_weight is not None
-    def extra_repr(self): return super().extra_repr() + f', ranks={ {k:len(A) for k,A in self.lora_A.items()} }, merged={self.merged}'
+    def extra_repr(self): return super().extra_repr() + f', ranks={ {k:len(self.lora_A[k]) for k in self.sites} }, merged={self.merged}'
 
 # %% ../nbs/00_lora.ipynb #a12c619b
 def adapt(
@@ -155,13 +155,18 @@ def adapt(
     layers = {}
     for s in sites:
         if ranks.get(s.name, 0): layers.setdefault(s.path, {})[s] = ranks[s.name]
+    for path in layers:
+        if isinstance(model.get_submodule(path), LoRALinear): raise ValueError(f'{path} is adapted already; call unload(model) first')
     for path,rs in layers.items():
         base = model.get_submodule(path)
-        if isinstance(base, LoRALinear): raise ValueError(f'{path} is adapted already; call unload(model) first')
-        model.set_submodule(path, LoRALinear(base, rs, lora_alpha, rslora, dropout).train(base.training))
+        swap_module(model, base, LoRALinear(base, rs, lora_alpha, rslora, dropout).train(base.training))
     return model
 
 # %% ../nbs/00_lora.ipynb #96ce2576
+def swap_module(model, old, new):
+    "Put `new` wherever `model` holds `old`, under every name that it has"
+    for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]: model.set_submodule(n, new)
+
 def check_rank(site, r):
     "Raise unless `r` is a rank that `site` can have"
     hi = min(site.d_in, site.d_out)
@@ -259,11 +264,11 @@ def unload(
     merge:bool=False # Fold the updates in first? Otherwise they are dropped
 )->nn.Module: # `model` with plain linear layers
     "Take the adapters out of `model`"
-    for path,m in lora_layers(model).items():
+    for m in lora_layers(model).values():
         m.merge() if merge else m.unmerge()
         lin = nn.Linear(m.in_features, m.out_features, device='meta')
         lin.weight,lin.bias = m.weight,m.bias
-        model.set_submodule(path, lin.train(m.training))
+        swap_module(model, m, lin.train(m.training))
     return model
 
 # %% ../nbs/00_lora.ipynb #e61ecce5

@@ -13,7 +13,7 @@ __all__ = ['normalisers', 'paper_weights', 'preserved', 'RunningVar', 'sample_sq
 import math,random
 from collections.abc import Mapping
 from contextlib import contextmanager
-from itertools import chain,islice,repeat
+from itertools import islice
 import numpy as np, torch
 from torch import nn
 import torch.nn.functional as F
@@ -47,8 +47,8 @@ class RunningVar:
     ):
         "Take in the rows of `x`"
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        var,mean = (o.double().cpu() for o in torch.var_mean(x, 0, correction=0))
-        n,b = self.n,len(x)
+        var,mean = (o.double().cpu() for o in torch.var_mean(x-x[0], 0, correction=0)) # the first row taken off: a large mean loses no digits
+        n,b,mean = self.n,len(x),mean+x[0].double().cpu()
         d = mean-self.mean
         self.mean,self.M2,self.n = self.mean + d*b/(n+b), self.M2 + var*b + d*d*n*b/(n+b), n+b
 
@@ -136,7 +136,7 @@ def site_stats(
             for p,c in calls.items():
                 for _,o in c: cov[p].update(o)
             if sample_fisher:
-                b = len(calls[sites[0].path][0][0]) if isinstance(batch, Mapping) else len(batch[-1])
+                b = len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[-1])
                 fish,n = fish+_sample_fisher(sites, calls, {p:[next(got) for _ in c] for p,c in calls.items()}, b),n+b
     return _as_metrics(sites, tot, cov, fish, nb, n)
 
@@ -161,6 +161,13 @@ def _as_metrics(sites, tot, cov, fish, nb, n):
     return {m:{s.name:v for s,v in zip(sites, vs.tolist())} for m,vs in res.items()}
 
 # %% ../nbs/01_scorers.ipynb #ac0c78ee
+def _again(batches):
+    "The batches, over and over"
+    while True:
+        n = 0
+        for n,b in enumerate(batches, 1): yield b
+        if not n: raise ValueError('no batch to warm the head up with: the data are empty, or an iterator that is used up')
+
 def warmup_head(
     model:nn.Module, # Its head is changed in place, the rest is left as it was
     batches, # Re-iterable batches, such as a DataLoader
@@ -176,7 +183,7 @@ def warmup_head(
         model.requires_grad_(False)
         for p in params: p.requires_grad_(True)
         opt = torch.optim.AdamW(params, lr)
-        for batch in islice(chain.from_iterable(repeat(batches)), steps):
+        for batch in islice(_again(batches), steps):
             loss = batch_loss(model, batch, loss_func)
             opt.zero_grad(); loss.backward(); opt.step()
         opt.zero_grad()
@@ -221,4 +228,4 @@ def composite(
         if not (math.isfinite(w) and w>=0): raise ValueError(f'weight of {m} must be a finite number of at least 0, got {w}')
     normed = {m:normalise(stats[m], how) for m,w in weights.items() if w}
     if not normed: raise ValueError('every weight is 0: at least one metric must count')
-    return {s:sum(weights[m]*v[s] for m,v in normed.items()) for s in stats['fisher']}
+    return {s:sum(weights[m]*v[s] for m,v in normed.items()) for s in next(iter(normed.values()))}
