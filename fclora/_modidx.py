@@ -169,6 +169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fclora.learner.get_logits': ('learner.html#get_logits', 'fclora/learner.py'),
                                 'fclora.learner.image_config': ('learner.html#image_config', 'fclora/learner.py'),
                                 'fclora.learner.init_head': ('learner.html#init_head', 'fclora/learner.py'),
+                                'fclora.learner.linear_probe': ('learner.html#linear_probe', 'fclora/learner.py'),
                                 'fclora.learner.load_weights': ('learner.html#load_weights', 'fclora/learner.py'),
                                 'fclora.learner.param_groups': ('learner.html#param_groups', 'fclora/learner.py'),
                                 'fclora.learner.parse_weights': ('learner.html#parse_weights', 'fclora/learner.py'),

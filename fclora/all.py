@@ -6,3 +6,4 @@ from .learner import *
 from .calibration import *
 from .report import *
 from .artifacts import *
+from .cli import *

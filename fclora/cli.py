@@ -180,6 +180,7 @@ def finetune(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     method:str='fclora', # fclora, uniform, random, naive, head (linear probe) or full (fine-tuning)
     plan:str=None, # Plan file to use instead of scoring
+    probe:bool=True, # Leave out the linear probe of the frozen backbone that is reported beside the result
     out:str=None, # Run folder; runs/DATA-METHOD-N by default
     force:bool=False, # Replace a run that is in --out already
     seed:int=0, # Of everything random
@@ -199,6 +200,7 @@ def finetune(
         plan = given.check(net) if given else None
         if method in methods and plan is None:
             with timed(sec, 'score'): plan = plan_model(net, dls, method, name=base['name'], seed=seed, progress=not quiet, **_pick(plan_model, kwargs, ['model']))
+        with timed(sec, 'probe'): probed = linear_probe(net, dls, '' if quiet else 'linear probe') if probe and method!='head' else None
         say(_what(base, net, info, method, plan, rcp, images))
         if plan and method in methods: plan.save(out/'plan.json'); say(plan)
         run = Run({}, {}, None, plan if method in methods else None, net)
@@ -213,7 +215,7 @@ def finetune(
             learn.fit_recipe()
     T,valid,test,run.logits,run.targs = _measure(net, dls, quiet, sec)
     mib,kind = peak_memory(dls.device)
-    run.metrics = dict(method=method, model=base['name'], seed=seed, epochs=rcp['epochs'], total_rank=run.plan.total_rank if run.plan else None, params=count_params(net), valid=valid, test=test,
+    run.metrics = dict(method=method, model=base['name'], seed=seed, epochs=rcp['epochs'], total_rank=run.plan.total_rank if run.plan else None, probe_accuracy=probed, params=count_params(net), valid=valid, test=test,
                        seconds=dict(sec, total=time.perf_counter()-start), peak_memory_mb=mib, memory_kind=kind, hardware=hardware(dls.device))
     run.images = images.test[0]
     save('done', pd.DataFrame(keep.rows), T)
@@ -222,7 +224,7 @@ def finetune(
     return run
 
 # %% ../nbs/08_cli.ipynb #2a1d73f2
-@delegates(finetune, but=['method','seed','out','force','plan','data'])
+@delegates(finetune, but=['method','seed','out','force','plan','data','probe'])
 def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     methods:str='fclora,uniform,head,full', # Methods, separated by commas
@@ -240,7 +242,7 @@ def compare(
     todo,runs = [(m,s,out/f'{m}-{s}') for s in ss for m in ms],[]
     for m,s,folder in todo:
         done = resume and (folder/'metrics.json').is_file() and read_config(folder)['status']=='done'
-        runs.append(load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, **kwargs))
+        runs.append(load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, probe=False, **kwargs))
         runs[-1].model = None
         write_json(out/'compare.json', compare_json(runs))
     print(text_table(compare_table(runs)))

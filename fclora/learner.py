@@ -10,7 +10,7 @@ value that the papers leave open."""
 __all__ = ['default_cfgs', 'offline_hint', 'all_methods', 'vit_pico', 'check_arch', 'check_weights', 'load_weights',
            'SingleHeadDistilled', 'single_head', 'init_head', 'create_backbone', 'image_config', 'recipe',
            'param_groups', 'splitter', 'plan_model', 'parse_weights', 'StopOnNaN', 'adapt_for', 'fclora_learner',
-           'get_logits']
+           'get_logits', 'linear_probe']
 
 # %% ../nbs/04_learner.ipynb #d4a86f80
 import os,pickle,socket,sys
@@ -40,6 +40,9 @@ from difflib import get_close_matches
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from safetensors import SafetensorError
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from timm.data import resolve_model_data_config
 from timm.models import build_model_with_cfg,generate_default_cfgs,register_model
 from timm.models.vision_transformer import VisionTransformer,checkpoint_filter_fn
@@ -342,3 +345,20 @@ def get_logits(
         for xb,yb in tqdm(dl, progress, disable=not progress, leave=False):
             res.append((model(xb.as_subclass(torch.Tensor)).float().cpu(), yb.as_subclass(torch.Tensor).cpu()))
     return tuple(torch.cat(o).clone() for o in zip(*res))
+
+# %% ../nbs/04_learner.ipynb #e56f7ce4
+def linear_probe(
+    model:nn.Module, # A timm model that is not adapted yet
+    dls, # fastai `DataLoaders`, see `get_dls`
+    progress:str='' # Text of a progress bar, none by default
+)->float: # Accuracy on the test images
+    "Test accuracy of a logistic regression on the frozen features: what training the backbone has to beat"
+    model.eval()
+    dev,xs = next(model.parameters()).device,[]
+    with torch.inference_mode(), torch.autocast(dev.type, torch.bfloat16, enabled=dev.type=='cuda'):
+        for dl in (score_dl(dls), dls[2]):
+            out = [(model.forward_head(model.forward_features(x.as_subclass(torch.Tensor)), pre_logits=True).float().cpu(), y.cpu())
+                   for x,y in tqdm(dl, progress, disable=not progress, leave=False)]
+            xs += [torch.cat(o).numpy() for o in zip(*out)]
+    fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(xs[0], xs[1])
+    return float(fit.score(xs[2], xs[3]))
