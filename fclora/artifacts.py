@@ -12,14 +12,12 @@ __all__ = ['run_files', 'probe_logits', 'sha256', 'model_config', 'run_config', 
 
 # %% ../nbs/07_artifacts.ipynb #715dbc32
 import hashlib,json,math
-from dataclasses import asdict
 from pathlib import Path
 import pandas as pd, timm, torch
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file,save_file
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
 from .lora import *
 from .scorers import *
 from .allocators import *
@@ -36,7 +34,7 @@ def probe_logits(
     "Logits of `model` for two fixed made-up images, a fingerprint of all its weights"
     dev,mode = next(model.parameters()).device,model.training
     x = torch.sin(torch.arange(2*3*size*size, dtype=torch.float64)*.37).view(2, 3, size, size).float()
-    with torch.inference_mode(): out = model.eval()(x.to(dev)).float().cpu()
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False): out = model.eval()(x.to(dev)).float().cpu()
     model.train(mode)
     return out.clone()
 
@@ -183,7 +181,7 @@ def load_model(
     if wrong: raise ValueError(f"{Path(path)/weights_name(cfg)} does not fit {cfg['model']['name']}: {len(wrong)} tensors are missing, extra or of another shape, such as {wrong[0]}")
     model.load_state_dict(sd, strict=False)
     got,probe = probe_logits(model, cfg['image']['size']),torch.tensor(cfg['probe'])
-    if got.shape!=probe.shape or not torch.allclose(got, probe, atol=2e-3, rtol=2e-3):
+    if got.shape!=probe.shape or not torch.allclose(got, probe, atol=5e-3, rtol=5e-3):
         raise ValueError(f"{path} was trained on other base weights of {cfg['model']['name']}: the saved logits are not reproduced")
     return model.eval().to(device or 'cpu'),cfg
 

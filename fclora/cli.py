@@ -10,7 +10,7 @@ __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_fol
            'KeepEpochs', 'finetune', 'compare', 'evaluate', 'predict', 'merge_cmd', 'usage', 'parser', 'main']
 
 # %% ../nbs/08_cli.ipynb #40d2b431
-import json,os,platform,resource,sys,time,traceback,warnings
+import argparse,json,os,platform,resource,sys,time,traceback,warnings
 from contextlib import ExitStack,contextmanager
 from inspect import signature
 from pathlib import Path
@@ -24,13 +24,13 @@ from .learner import *
 from .calibration import *
 from .report import *
 from .artifacts import *
-import numpy as np, pandas as pd, timm, torch
+import pandas as pd, timm, torch
+from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from fastai.callback.core import Callback
 from fastai.data.transforms import get_files
 from fastai.torch_core import default_device,set_seed
-from tqdm import tqdm
 
 # %% ../nbs/08_cli.ipynb #b2902743
 def _pick(f, kw, but=()): return {k:v for k,v in kw.items() if k in signature(f).parameters and k not in but}
@@ -57,13 +57,14 @@ def prepare(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
-    pretrained:bool=True, # Start from random weights instead
+    pretrained:bool=True, # timm's pretrained weights; otherwise random ones
     one_head:bool=False, # For distilled models: one class-token head, as in the papers, instead of two
     size:int=None, # Input size in pixels, if not the model's own
     valid_pct:float=.2, # Share of the training images for validation, unless there is val/
     test_pct:float=None, # Share of all images for the test, unless there is a test set; .2, for digits .4
     data_root:str=None, # Where CIFAR is, or is downloaded to
     skip_bad:bool=False, # Go on without unreadable images
+    no_flip:bool=False, # Never mirror training images; digits never are
     num_workers:int=0, # Processes that decode images when they do not fit in memory
     device:str=None, # cpu, cuda, ...; the GPU if there is one
     seed:int=0, # Of the split, the head, the adapters, the batches
@@ -80,7 +81,7 @@ def prepare(
     images = load_images(data, size or cfg.input_size[-1], valid_pct, test_pct, seed, data_root, interpolation=cfg.interpolation, skip_bad=skip_bad, progress=not quiet)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
-    dls = get_dls(images, **image_config(net), bs=bs, device=device, num_workers=num_workers, seed=seed)
+    dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
     info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, seed=seed, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
     return dls,net,model_config(net, name, pretrained, checkpoint, one_head, size),info,images
 
@@ -180,7 +181,7 @@ def finetune(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     method:str='fclora', # fclora, uniform, random, naive, head (linear probe) or full (fine-tuning)
     plan:str=None, # Plan file to use instead of scoring
-    probe:bool=True, # Leave out the linear probe of the frozen backbone that is reported beside the result
+    probe:bool=True, # A linear probe of the frozen backbone, reported beside the result
     out:str=None, # Run folder; runs/DATA-METHOD-N by default
     force:bool=False, # Replace a run that is in --out already
     seed:int=0, # Of everything random
@@ -359,8 +360,13 @@ def parser(
     cmd:str # Name of a command
 ):
     "The argument parser of one command, made from its function's signature and docments"
-    p = anno_parser(commands[cmd], prog=f'fclora {cmd}', pos=['data'] if cmd!='predict' else [])
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    p = anno_parser(commands[cmd], prog=f'fclora {cmd}', pos=['data'])
+    docs = {k:v for f in (recipe, plan_model, prepare, finetune, commands[cmd]) for k,v in docments(f).items() if v}
+    for a in p._actions:
+        if a.dest not in docs: continue
+        off,known = isinstance(a, argparse._StoreFalseAction),a.default not in (None, False, argparse.SUPPRESS)
+        a.help = f'Turn off: {docs[a.dest]}' if off else docs[a.dest] + (f' (default: {a.default})' if known and a.option_strings else '')
+    p.add_argument('--debug', action='store_true', help='Show the traceback of an error')
     return p
 
 # %% ../nbs/08_cli.ipynb #4a99afd4

@@ -239,7 +239,7 @@ def decode_all(
     "Decode every file once: find the unreadable ones, keep the pixels when they fit"
     px,bad,sides = [],[],set()
     res = threaded(partial(decode, size=size, interpolation=interpolation), files)
-    for f,(x,why) in zip(files, tqdm(res, 'reading images', len(files), leave=False, disable=not progress)):
+    for f,(x,why) in zip(files, tqdm(res, 'reading images', len(files), leave=False, disable=None if progress else True)):
         if why: bad.append((f,why)); continue
         sides.add(x.shape[-1])
         side = x.shape[-1] if len(sides)==1 else size
@@ -428,7 +428,7 @@ def score_dl(
     "Training images in random order, without augmentation"
     ds = copy(dls.train_ds)
     ds.split_idx = 1
-    return dls.train.new(ds, bs=bs or dls.train.bs, shuffle=True, drop_last=len(ds)>=(bs or dls.train.bs), seed=seed)
+    return dls.train.new(ds, bs=bs or dls.train.bs, shuffle=True, drop_last=False, seed=seed)
 
 # %% ../nbs/03_data.ipynb #497d2b4e
 def load_batch(

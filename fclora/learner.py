@@ -229,14 +229,14 @@ def plan_model(
     lo:int=1, # Lower bound of a rank
     hi:int=16, # Upper bound of a rank
     kinds:str='q,k,v', # Kinds of sites, of q, k, v, proj, fc1, fc2
-    include=None, # Regular expression for their names, or a list of names
+    include:str=None, # Regular expression that their names must match (from Python also a list of names)
     weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov and sample_fisher
     normaliser:str='minmax', # minmax, rank or log
     score_batches:int=100, # Batches to score on, at most one pass over the images
     score_bs:int=None, # Their size, the training batch size by default
     head_warmup:int=0, # Steps of head-only training before scoring
     name:str=None, # Name of the model, for the Plan
-    seed:int=0, # Of the scoring batches and of random allocation
+    seed:int=0, # Of the scoring batches and of random ranks
     progress:bool=False # Show a progress bar?
 )->Plan:
     "Score the sites of `model` on the training images where `method` needs it, and allocate ranks"
@@ -342,7 +342,7 @@ def get_logits(
     model.eval()
     dev,res = next(model.parameters()).device,[]
     with torch.inference_mode(), torch.autocast(dev.type, torch.bfloat16, enabled=dev.type=='cuda'):
-        for xb,yb in tqdm(dl, progress, disable=not progress, leave=False):
+        for xb,yb in tqdm(dl, progress, disable=None if progress else True, leave=False):
             res.append((model(xb.as_subclass(torch.Tensor)).float().cpu(), yb.as_subclass(torch.Tensor).cpu()))
     return tuple(torch.cat(o).clone() for o in zip(*res))
 
@@ -358,7 +358,7 @@ def linear_probe(
     with torch.inference_mode(), torch.autocast(dev.type, torch.bfloat16, enabled=dev.type=='cuda'):
         for dl in (score_dl(dls), dls[2]):
             out = [(model.forward_head(model.forward_features(x.as_subclass(torch.Tensor)), pre_logits=True).float().cpu(), y.cpu())
-                   for x,y in tqdm(dl, progress, disable=not progress, leave=False)]
+                   for x,y in tqdm(dl, progress, disable=None if progress else True, leave=False)]
             xs += [torch.cat(o).numpy() for o in zip(*out)]
     fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(xs[0], xs[1])
     return float(fit.score(xs[2], xs[3]))

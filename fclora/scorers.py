@@ -124,7 +124,7 @@ def site_stats(
     with preserved(model), torch.enable_grad():
         model.requires_grad_(False)
         for l in layers.values(): l.weight.requires_grad_(True)
-        for nb,batch in enumerate(tqdm(islice(batches, n_batches), 'scoring', total, disable=not progress, leave=False), 1):
+        for nb,batch in enumerate(tqdm(islice(batches, n_batches), 'scoring', total, disable=None if progress else True, leave=False), 1):
             with _record(layers) as calls: loss = batch_loss(model, batch, loss_func)
             if not loss.isfinite(): raise ValueError(f'the loss is {loss.item()} in scoring batch {nb}; check the weights and the images of that batch')
             _check_called(calls)

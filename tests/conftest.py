@@ -5,7 +5,7 @@ from PIL import Image
 
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')
 
-QUICK = ['--epochs', '1', '--batch-size', '128', '--score-batches', '2', '--quiet']
+QUICK = ['--epochs', '1', '--batch-size', '128', '--score-batches', '2', '--quiet', '--no-probe']
 
 def fclora(*args, **kw):
     "Run the installed command"
