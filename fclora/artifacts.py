@@ -82,7 +82,11 @@ def whole(
     "Is the whole model stored, because adapters and head alone cannot rebuild it?"
     return config['method']=='full' or not (config['model']['pretrained'] or config['model']['checkpoint'])
 
-def weights_name(config): return 'model.safetensors' if whole(config) else 'adapter.safetensors'
+def weights_name(
+    config:dict # `fclora.json`
+)->str:
+    "Name of the file with the trained weights"
+    return 'model.safetensors' if whole(config) else 'adapter.safetensors'
 
 # %% ../nbs/07_artifacts.ipynb #8de9ca18
 def write_json(

@@ -217,7 +217,11 @@ def param_groups(
         if p.requires_grad: res.setdefault(('head' if is_head(n, heads) else 'backbone', p.ndim>1), []).append(p)
     return dict(sorted(res.items()))
 
-def splitter(model): return list(param_groups(model).values())
+def splitter(
+    model:nn.Module # What trains has `requires_grad`
+)->list: # One list of parameters a group
+    "The groups of `param_groups`, as fastai wants them"
+    return list(param_groups(model).values())
 
 # %% ../nbs/04_learner.ipynb #b8dc9f43
 def plan_model(

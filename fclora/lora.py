@@ -197,7 +197,12 @@ def is_adapter(
     "Does the parameter `name` belong to an adapter?"
     return '.lora_A.' in f'.{name}' or '.lora_B.' in f'.{name}'
 
-def is_head(name, heads): return any(name.startswith(f'{h}.') for h in heads)
+def is_head(
+    name:str, # Dotted name of a parameter
+    heads:list # From `head_names`
+)->bool: # Is it a classifier's?
+    "Does the parameter `name` belong to one of `heads`?"
+    return any(name.startswith(f'{h}.') for h in heads)
 
 # %% ../nbs/00_lora.ipynb #a2896a6c
 def freeze(
