@@ -196,6 +196,8 @@ class Plan:
     def total_rank(self): return sum(self.ranks.values())
     @property
     def adapter_params(self): return sum(s.cost*self.ranks.get(s.name, 0) for s in self.sites)
+    @property
+    def spent(self): return self.total_rank if self.unit=='ranks' else self.adapter_params
 
 # %% ../nbs/02_allocators.ipynb #9dc6af24
 methods = dict(
@@ -223,13 +225,20 @@ def make_plan(
     if unit not in ('ranks','params'): raise ValueError(f'unit of the budget must be ranks or params, got {unit!r}')
     if method in ('fclora','naive') and not stats: raise ValueError(f'method {method!r} needs measurements: pass the result of site_stats')
     if method=='naive' and unit=='params': raise ValueError('the naive rounding knows budgets in ranks only')
-    names,scores = [s.name for s in sites],composite(stats, weights, how) if stats else {}
+    names = [s.name for s in sites]
+    if stats: stats = {m:{n:_measured(v, n) for n in names} for m,v in stats.items()}
+    scores = composite(stats, weights, how) if stats else {}
     costs = {s.name:s.cost for s in sites} if unit=='params' else None
     ranks = methods[method](names, scores, seed, budget, lo, rank_caps(sites, hi), costs)
     kept = dict(weights=weights or paper_weights, normaliser=how) if stats else {}
     return Plan(model, sites, ranks, budget, unit, method, lo, hi, stats or {}, scores, dict(kept, seed=seed, **(settings or {})))
 
-# %% ../nbs/02_allocators.ipynb #994fb470
+# %% ../nbs/02_allocators.ipynb #d8e3b098
+def _measured(vals, name):
+    if name not in vals: raise ValueError(f'{name} was not measured; score it with site_stats first')
+    return vals[name]
+
+# %% ../nbs/02_allocators.ipynb #2274a803
 def _grid(plan):
     "Rows (kinds), columns (blocks) and ranks as an array, NaN where there is no site"
     ks,bs = list(dict.fromkeys(s.kind for s in plan.sites)),sorted({s.block for s in plan.sites})
@@ -244,6 +253,7 @@ def __str__(self:Plan):
     top,shade = max(np.nanmax(g), 1),' ░▒▓█'
     cell = lambda r: '     ' if np.isnan(r) else f' {shade[math.ceil(4*r/top)]*2}{int(r):2d}'
     head = f'{self.method}: {self.total_rank} ranks, {self.adapter_params:,} parameters over {len(self.sites)} sites of {self.model}'
+    if self.spent!=self.budget: head += f' (budget: {self.budget:,} {self.unit})'
     return '\n'.join([head, 'block' + ''.join(f'{b:5d}' for b in bs)] + [f'{k:<5}' + ''.join(map(cell, row)) for k,row in zip(ks, g)])
 
 # %% ../nbs/02_allocators.ipynb #f857b2d6

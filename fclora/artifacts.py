@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd, timm, torch
 from torch import nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file,save_file
+from safetensors.torch import load_file,save as to_safetensors
 from timm.models import save_for_hf
 from .lora import *
 from .scorers import *
@@ -43,7 +43,7 @@ def sha256(
     path # File
 )->str:
     "Hexadecimal SHA-256 of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/07_artifacts.ipynb #f1ff2337
 def model_config(
@@ -110,7 +110,7 @@ def save_run(
     out.mkdir(parents=True, exist_ok=True)
     name = weights_name(run.config)
     state = {k:v.detach().cpu().contiguous().clone() for k,v in run.model.state_dict().items()} if whole(run.config) else adapter_state(run.model)
-    with atomic_path(out/name) as tmp: save_file(state, tmp, metadata=dict(format='pt'))
+    with atomic_path(out/name) as tmp: tmp.write_bytes(to_safetensors(state, metadata=dict(format='pt')))
     if run.plan is not None: run.plan.save(out/'plan.json')
     if run.history is not None and len(run.history):
         with atomic_path(out/'history.csv') as tmp: run.history.to_csv(tmp, index=False)

@@ -11,8 +11,10 @@ __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_fol
 
 # %% ../nbs/08_cli.ipynb #40d2b431
 import argparse,json,os,platform,resource,sys,time,traceback,warnings
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,nullcontext,redirect_stdout
+from dataclasses import replace
 from inspect import signature
+from io import StringIO
 from pathlib import Path
 from . import __version__
 from .lora import *
@@ -82,7 +84,7 @@ def prepare(
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
-    info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, seed=seed, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
+    info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, skip_bad=skip_bad, seed=seed, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
     return dls,net,model_config(net, name, pretrained, checkpoint, one_head, size),info,images
 
 # %% ../nbs/08_cli.ipynb #6fa09bc7
@@ -243,8 +245,10 @@ def compare(
     todo,runs = [(m,s,out/f'{m}-{s}') for s in ss for m in ms],[]
     for m,s,folder in todo:
         done = resume and (folder/'metrics.json').is_file() and read_config(folder)['status']=='done'
-        runs.append(load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, probe=False, **kwargs))
-        runs[-1].model = None
+        with redirect_stdout(StringIO()) if kwargs.get('quiet') else nullcontext():
+            run = load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, probe=False, **kwargs)
+        runs.append(replace(run, model=None, images=None))
+        print(f"{m}, seed {s}: test accuracy {run.metrics['test']['accuracy']:.2%}")
         write_json(out/'compare.json', compare_json(runs))
     print(text_table(compare_table(runs)))
     save_report(runs, out/'compare.html')
@@ -256,6 +260,7 @@ def _test_set(source, cfg, **kw):
     "Images to test on: the run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==cfg['data']['source']
     d = cfg['data'] if own else {}
+    kw['skip_bad'] = kw['skip_bad'] or d.get('skip_bad', False)
     images = load_images(d.get('source', source), cfg['image']['size'], d.get('valid_pct', .2), d.get('test_pct'), d.get('seed', 0), interpolation=cfg['image']['interpolation'], **kw)
     if images.vocab!=cfg['classes']:
         a,b = (sorted(set(x)-set(y))[:5] for x,y in ((images.vocab, cfg['classes']), (cfg['classes'], images.vocab)))

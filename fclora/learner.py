@@ -36,6 +36,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
+import fastai.vision.learner
 from difflib import get_close_matches
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file

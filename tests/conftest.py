@@ -1,4 +1,5 @@
-import subprocess, sys, warnings
+import os, subprocess, sys, warnings
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # waiting threads give up the core, which matters where cores are few
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image

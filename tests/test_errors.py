@@ -148,9 +148,10 @@ def test_nothing_is_left_half_written(monkeypatch, run, tmp_path):
     r = artifacts.load_run(run[0])
     out = artifacts.save_run(r, tmp_path/'r')
     before = (out/'adapter.safetensors').read_bytes()
-    def killed(*a, **k):
-        Path(a[1]).write_bytes(b'half')
+    def killed(path, data):
+        with open(path, 'wb') as f: f.write(data[:len(data)//2])
         raise KeyboardInterrupt
-    monkeypatch.setattr(artifacts, 'save_file', killed)
-    with pytest.raises(KeyboardInterrupt): artifacts.save_run(r, out)
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'write_bytes', killed)
+        with pytest.raises(KeyboardInterrupt): artifacts.save_run(r, out)
     assert (out/'adapter.safetensors').read_bytes()==before and not [o for o in out.iterdir() if o.suffix=='.tmp']
