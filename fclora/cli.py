@@ -13,6 +13,7 @@ __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_fol
 import argparse,json,os,platform,resource,sys,time,traceback,warnings
 from contextlib import ExitStack,contextmanager,nullcontext,redirect_stdout
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from io import StringIO
 from pathlib import Path
@@ -151,15 +152,34 @@ class KeepEpochs(Callback):
         self.save(f'epoch {self.epoch+1} of {self.n_epoch}', pd.DataFrame(self.rows))
 
 # %% ../nbs/08_cli.ipynb #24b730df
-def _what(base, net, info, method, plan, rcp, images):
+def _what(base, net, images, method, plan_args, rcp):
     "One line that says what will happen"
-    n = count_params(net)
-    how = dict(head='the head alone', full=f"all {n['total']:,} parameters").get(method) or \
-        f'{plan.adapter_params:,} adapter parameters ({plan.total_rank} ranks over {len(plan.sites)} sites) and the head'
-    return f"{base['name']} ({n['backbone']:,} parameters) on {images!r}. Method {method}: trains {how}, {rcp['epochs']} epochs, batch size {rcp['batch_size']}"
+    n,heads = count_params(net),' and '.join(head_names(net))
+    if method in ('head','full'): how = f"the {heads} alone ({n['head']:,} parameters)" if method=='head' else f"all {n['total']:,} parameters"
+    else:
+        sites = find_sites(net, tuple(plan_args['kinds'].split(',')), plan_args['include'])
+        costs,unit,budget = {s.cost for s in sites},plan_args['unit'],plan_args['budget']
+        spent = f'{budget:,} parameters' if unit=='params' else f'{budget} ranks' + (f' ({budget*costs.pop():,} parameters)' if len(costs)==1 else '')
+        how = f"{spent} of adapters over {len(sites)} sites ({plan_args['kinds']}) and the {heads} ({n['head']:,} parameters)"
+    return f"{base['name']} ({n['total']:,} parameters) on {images!r}\n{method}: trains {how}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}"
 
 def _epoch_line(h, n):
     return f'epoch {h.epoch:.0f}/{n}  train loss {h.train_loss:.4f}  valid loss {h.valid_loss:.4f}  accuracy {h.accuracy:.4f}  {h.seconds:.1f} s'
+
+def _save(run, learn, out, base, method, info, seed, history, status, T=None):
+    "Write what `run` has so far"
+    run.config,run.history = run_config(learn, base, method, info, seed, T, status),history
+    save_run(run, out)
+
+def _fit(learn, save, quiet):
+    "Train by the recipe, saving every epoch: with bars on a terminal, else with a line an epoch"
+    bars = sys.stdout.isatty() and not quiet
+    def keep(status, history):
+        save(history, status)
+        if not (bars or quiet): print(_epoch_line(history.iloc[-1], learn.recipe['epochs']))
+    with ExitStack() as stack:
+        for o in [] if bars else [learn.no_bar(), learn.no_logging()]: stack.enter_context(o)
+        with learn.added_cbs([KeepEpochs(keep)]): learn.fit_recipe()
 
 def _measure(net, dls, quiet, seconds):
     "Temperature from the validation images, then one look at the test images"
@@ -191,37 +211,30 @@ def finetune(
     **kwargs
 )->Run:
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
-    if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
-    rcp,sec,start = recipe(method, kwargs.get('model') or default_model(data), **_pick(recipe, kwargs)),{},time.perf_counter()
     given = Plan.load(plan) if plan else None
+    if given: method = given.method
+    if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
+    rcp,sec,start,say = recipe(method, kwargs.get('model') or default_model(data), **_pick(recipe, kwargs)),{},time.perf_counter(),(lambda *a: None) if quiet else print
     out = new_folder(out, f'{Path(data).name}-{method}', force)
     with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
-    say = (lambda *a: None) if quiet else print
-    net.to(dls.device)
+    run,net = Run({}, {}, None, given and given.check(net), net, images=images.test[0]),net.to(dls.device)
+    plan_args = dict(kinds='q,k,v', include=None, unit='ranks', budget=100) | _pick(plan_model, kwargs, ['model'])
+    if given: plan_args.update(budget=given.spent, unit=given.unit, include=[s.name for s in given.sites])
+    say(_what(base, net, images, method, plan_args, rcp))
     with _memory_advice(rcp['batch_size']):
-        plan = given.check(net) if given else None
-        if method in methods and plan is None:
-            with timed(sec, 'score'): plan = plan_model(net, dls, method, name=base['name'], seed=seed, progress=not quiet, **_pick(plan_model, kwargs, ['model']))
+        if method in methods and not given:
+            with timed(sec, 'score'): run.plan = plan_model(net, dls, method, name=base['name'], seed=seed, progress=not quiet, **_pick(plan_model, kwargs, ['model']))
+        if run.plan: run.plan.save(out/'plan.json'); say(run.plan)
         with timed(sec, 'probe'): probed = linear_probe(net, dls, '' if quiet else 'linear probe') if probe and method!='head' else None
-        say(_what(base, net, info, method, plan, rcp, images))
-        if plan and method in methods: plan.save(out/'plan.json'); say(plan)
-        run = Run({}, {}, None, plan if method in methods else None, net)
-        def save(status, history, T=None):
-            run.config,run.history = run_config(learn, base, method, info, seed, T, status),history
-            save_run(run, out)
-            if bars and T is None: say(_epoch_line(history.iloc[-1], rcp['epochs']))
-        learn = fclora_learner(dls, net, method=method, plan=plan, rcp=rcp, seed=seed, cbs=(keep := KeepEpochs(save)))
-        bars = [] if sys.stdout.isatty() and not quiet else [learn.no_bar(), learn.no_logging()]
-        with timed(sec, 'train'), ExitStack() as stack:
-            for o in bars: stack.enter_context(o)
-            learn.fit_recipe()
+        learn = fclora_learner(dls, net, method=method, plan=run.plan, rcp=rcp, seed=seed)
+        save = partial(_save, run, learn, out, base, method, info, seed)
+        with timed(sec, 'train'): _fit(learn, save, quiet)
     T,valid,test,run.logits,run.targs = _measure(net, dls, quiet, sec)
     mib,kind = peak_memory(dls.device)
     run.metrics = dict(method=method, model=base['name'], seed=seed, epochs=rcp['epochs'], total_rank=run.plan.total_rank if run.plan else None, probe_accuracy=probed, params=count_params(net), valid=valid, test=test,
                        seconds=dict(sec, total=time.perf_counter()-start), peak_memory_mb=mib, memory_kind=kind, hardware=hardware(dls.device))
-    run.images = images.test[0]
-    save('done', pd.DataFrame(keep.rows), T)
+    save(run.history, 'done', T)
     print(text_table(paper_table(run)))
     say(f'\nsaved in {out}; open {out}/report.html')
     return run
@@ -388,7 +401,7 @@ def main(
     with warnings.catch_warnings():
         warnings.showwarning = lambda msg,*a,**k: print(f'fclora: warning: {msg}', file=sys.stderr)
         try: res = commands[argv[0]](*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
-        except KeyboardInterrupt: print('fclora: interrupted; what was finished is kept in the run folder', file=sys.stderr); return 130
+        except KeyboardInterrupt: print('fclora: interrupted' + '; finished epochs are kept in the run folder'*(argv[0] in ('finetune','compare')), file=sys.stderr); return 130
         except Exception as e:
             if debug: traceback.print_exc()
             expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError))

@@ -56,6 +56,13 @@ assert not any(n.startswith('fclora') for n in sys.modules)'''
     assert res.returncode==0, res.stderr
     assert main(['merge', str(out), str(tmp_path/'plain')])==1
 
+def test_the_first_lines_say_what_will_happen(folder, tmp_path, capsys):
+    args = [o for o in QUICK if o!='--quiet']
+    assert main(['finetune', str(folder), '--model', 'vit_pico', *args, '--batch-size', '8', '--out', str(tmp_path/'run')])==0
+    first = capsys.readouterr().out.splitlines()[:2]
+    for word in ('vit_pico (1,204,866 parameters)', '2 classes'): assert word in first[0]
+    for word in ('100 ranks (25,600 parameters)', '18 sites (q,k,v)', 'head (258 parameters)', '1 epochs at batch size 8'): assert word in first[1]
+
 def test_score_and_finetune_from_its_plan(tmp_path, capsys):
     assert main(['score', '--budget', '54', '--score-batches', '2', '--quiet', '--weights', 'sample_fisher=1', '--out', str(tmp_path/'p.json')])==0
     assert 'block' in capsys.readouterr().out
@@ -77,7 +84,7 @@ def test_every_method_round_trips(method, folder, tmp_path):
     assert (r.plan is None)==(method in ('head','full'))
 
 def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
-    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform,head', '--seeds', '0,1', *QUICK, '--batch-size', '8', '--out', str(tmp_path/'c')]
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform,head', '--seeds', '0,1', *QUICK[:-1], '--batch-size', '8', '--out', str(tmp_path/'c')]
     assert main(args)==0
     assert 'uniform' in capsys.readouterr().out
     d = json.loads((tmp_path/'c'/'compare.json').read_text())
