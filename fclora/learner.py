@@ -165,8 +165,8 @@ def create_backbone(
     check_arch(name)
     kw = dict(num_classes=n_classes, **(dict(img_size=size) if size else {}))
     model = _pretrained(name, **kw) if pretrained and not checkpoint else timm.create_model(name, **kw)
-    if one_head: single_head(model)
     if checkpoint: load_weights(model, checkpoint)
+    if one_head: single_head(model)
     return init_head(model, head_std)
 
 # %% ../nbs/04_learner.ipynb #849eadd7
