@@ -215,6 +215,7 @@ def finetune(
     if given: method = given.method
     if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
     rcp,sec,start,say = recipe(method, kwargs.get('model') or default_model(data), **_pick(recipe, kwargs)),{},time.perf_counter(),(lambda *a: None) if quiet else print
+    if data=='digits' and kwargs.get('epochs') is None: rcp['epochs'] = 20
     out = new_folder(out, f'{Path(data).name}-{method}', force)
     with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)

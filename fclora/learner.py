@@ -182,7 +182,7 @@ def image_config(
 def recipe(
     method:str='fclora', # fclora, uniform, random, naive, head or full; only the learning rate depends on it
     arch:str=None, # Name of the backbone; likewise
-    epochs:int=10, # Passes over the training images; 10 as in the papers on CIFAR-10
+    epochs:int=None, # Passes over the training images: 10 as in the papers on CIFAR-10, for digits 20
     batch_size:int=32, # Images a step
     lr:float=None, # Learning rate of the backbone: 1e-3 for adapters, 2e-4 for full fine-tuning, on vit_pico five times that
     head_lr:float=None, # Learning rate of the head: 1e-3, on vit_pico five times that
@@ -198,7 +198,7 @@ def recipe(
     head_std:float=.02, # Spread of the fresh head's weights
 )->dict: # All of these but `method` and `arch`, resolved
     "Every value that the papers leave open, in one place"
-    r = {k:v for k,v in locals().items() if k not in ('method','arch')}
+    r = dict({k:v for k,v in locals().items() if k not in ('method','arch')}, epochs=10 if epochs is None else epochs)
     times = 5 if (arch or '').startswith('vit_pico') else 1
     for k,v in dict(lr=2e-4 if method=='full' else 1e-3, head_lr=1e-3).items(): r[k] = v*times if r[k] is None else r[k]
     for k,low in dict(epochs=1, batch_size=2, lr=0, head_lr=0, wd=0, cutmix=0, clip=0, lora_alpha=0, head_std=0).items():
