@@ -206,6 +206,10 @@ methods = dict(
     random=lambda names,scores,seed,*a: random_ranks(names, *a, seed=seed),
     naive=lambda names,scores,seed,budget,lo,hi,costs: naive_proportional(scores, budget, lo, hi))
 
+def _measured(vals, name):
+    if name not in vals: raise ValueError(f'{name} was not measured; score it with site_stats first')
+    return vals[name]
+
 def make_plan(
     model:str, # Name of the backbone, stored in the Plan
     sites:list, # `Site`s that share the budget
@@ -232,11 +236,6 @@ def make_plan(
     ranks = methods[method](names, scores, seed, budget, lo, rank_caps(sites, hi), costs)
     kept = dict(weights=weights or paper_weights, normaliser=how) if stats else {}
     return Plan(model, sites, ranks, budget, unit, method, lo, hi, stats or {}, scores, dict(kept, seed=seed, **(settings or {})))
-
-# %% ../nbs/02_allocators.ipynb #d8e3b098
-def _measured(vals, name):
-    if name not in vals: raise ValueError(f'{name} was not measured; score it with site_stats first')
-    return vals[name]
 
 # %% ../nbs/02_allocators.ipynb #2274a803
 def _grid(plan):

@@ -1,7 +1,7 @@
 import os, subprocess, sys, warnings
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # waiting threads give up the core, which matters where cores are few
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from PIL import Image
 
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')
@@ -33,3 +33,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory): return make_images(tmp_path_factory.mktemp('data')/'pets', n=12)
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "These models are so small that threads only wait for one another"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

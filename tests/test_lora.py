@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from fclora.lora import *
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "These models are so small that threads only wait for one another"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def vit(seed=0):
     torch.manual_seed(seed)

@@ -10,13 +10,7 @@ from torch.utils.data import DataLoader,TensorDataset
 from fclora.lora import *
 from fclora.scorers import *
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "These models are so small that threads only wait for one another"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def vit(seed=0, **kw):
     torch.manual_seed(seed)
