@@ -304,7 +304,8 @@ def evaluate(
     if cfg['T'] is None: print(f"{run} was stopped at {cfg['status']} and has no temperature: T = 1", file=sys.stderr)
     if out: write_json(out, res)
     rows = dict(images=f"{res['n']:,}", accuracy=f"{res['accuracy']:.2%}", **{'class accuracy':f"{res['class_acc_mean']:.3f} ± {res['class_acc_std']:.3f}",
-                'NLL raw / scaled':f"{res['nll_raw']:.4f} / {res['nll']:.4f}", 'ECE raw / scaled':f"{res['ece_raw']:.4f} / {res['ece']:.4f}", 'temperature':f"{res['T']:.3f}"})
+                'NLL raw / scaled':f"{res['nll_raw']:.4f} / {res['nll']:.4f}", 'ECE raw / scaled':f"{res['ece_raw']:.4f} / {res['ece']:.4f}", 'its interval':'{:.4f} to {:.4f} (95 %)'.format(*res['ece_interval']),
+                'its noise floor':f"{res['ece_floor']:.4f}, 95 % below {res['ece_floor_upper']:.4f}", 'temperature':f"{res['T']:.3f}"})
     print('\n'.join(f'{k:<18}{v}' for k,v in rows.items()))
     return res
 

@@ -59,6 +59,7 @@ def _paper_rows(run):
         'test accuracy':f"{100*t['accuracy']:.2f} %",
         **({'test accuracy of a linear probe':f"{100*m['probe_accuracy']:.2f} %"} if m.get('probe_accuracy') is not None else {}),
         'test loss (NLL), raw / scaled':pair('nll'), 'test ECE, raw / scaled':pair('ece'),
+        'interval of the scaled ECE, 95 %':'{:.4f} to {:.4f}'.format(*t['ece_interval']),
         'noise floor of the ECE':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}", 'temperature':f"{t['T']:.3f}",
         'class accuracy':f"{t['class_acc_mean']:.2f} ± {t['class_acc_std']:.2f}",
         'seconds, scoring / training / total':' / '.join(_secs(s.get(k)) for k in ('score','train','total')),
@@ -76,7 +77,7 @@ def paper_table(
 )->pd.DataFrame: # Text, one column a run
     "The papers' table: parameters in both countings, accuracy, calibration, time and memory"
     runs = listify(runs)
-    return pd.DataFrame([_paper_rows(r) for r in runs], index=_column_names(runs)).T
+    return pd.DataFrame([_paper_rows(r) for r in runs], index=_column_names(runs)).T.fillna('–')
 
 # %% ../nbs/06_report.ipynb #66a1413b
 def _grid_of(df):
