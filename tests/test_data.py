@@ -7,6 +7,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn, Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
+import sys
 from fclora.data import decode, find_splits, fit, get_dls, load_batch, load_images, read_image, score_dl, stratified_split
 
 mean,std = (.5,.4,.3),(.2,.25,.3)
@@ -372,6 +373,8 @@ def test_vanished_file_is_named(tmp_path):
     images.valid[0][0].unlink()
     with pytest.raises(OSError, match='cannot read .*No such file'): list(get_dls(images, 20, mean, std, bs=4, device='cpu').valid)
 
-def test_bar(tmp_path, capsys):
-    load_images(make(tmp_path)); assert 'reading images' in capsys.readouterr().err
+def test_bar_on_a_terminal_only(tmp_path, capsys, monkeypatch):
+    load_images(make(tmp_path)); assert capsys.readouterr().err==''
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    load_images(tmp_path); assert 'reading images' in capsys.readouterr().err
     quiet(tmp_path); assert capsys.readouterr().err==''
