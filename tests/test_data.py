@@ -1,5 +1,5 @@
 "Every source, every kind of image and every mistake that the data module must survive"
-import hashlib, pickle, random, tarfile, threading
+import hashlib, pickle, random, sys, tarfile, threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
@@ -7,7 +7,6 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn, Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-import sys
 from fclora.data import decode, find_splits, fit, get_dls, load_batch, load_images, read_image, score_dl, stratified_split
 
 mean,std = (.5,.4,.3),(.2,.25,.3)
