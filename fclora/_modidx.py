@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fclora.cli._memory_advice': ('cli.html#_memory_advice', 'fclora/cli.py'),
                             'fclora.cli._pick': ('cli.html#_pick', 'fclora/cli.py'),
                             'fclora.cli._print_predictions': ('cli.html#_print_predictions', 'fclora/cli.py'),
+                            'fclora.cli._recipe_for': ('cli.html#_recipe_for', 'fclora/cli.py'),
                             'fclora.cli._save': ('cli.html#_save', 'fclora/cli.py'),
                             'fclora.cli._test_set': ('cli.html#_test_set', 'fclora/cli.py'),
                             'fclora.cli._what': ('cli.html#_what', 'fclora/cli.py'),

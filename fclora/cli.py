@@ -163,6 +163,11 @@ def _what(base, net, images, method, plan_args, rcp):
         how = f"{spent} of adapters over {len(sites)} sites ({plan_args['kinds']}) and the {heads} ({n['head']:,} parameters)"
     return f"{base['name']} ({n['total']:,} parameters) on {images!r}\n{method}: trains {how}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}"
 
+def _recipe_for(data, method, kw):
+    "The recipe that these options ask for"
+    r = recipe(method, kw.get('model') or default_model(data), **_pick(recipe, kw))
+    return dict(r, epochs=20) if data=='digits' and kw.get('epochs') is None else r
+
 def _epoch_line(h, n):
     return f'epoch {h.epoch:.0f}/{n}  train loss {h.train_loss:.4f}  valid loss {h.valid_loss:.4f}  accuracy {h.accuracy:.4f}  {h.seconds:.1f} s'
 
@@ -214,8 +219,7 @@ def finetune(
     given = Plan.load(plan) if plan else None
     if given: method = given.method
     if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
-    rcp,sec,start,say = recipe(method, kwargs.get('model') or default_model(data), **_pick(recipe, kwargs)),{},time.perf_counter(),(lambda *a: None) if quiet else print
-    if data=='digits' and kwargs.get('epochs') is None: rcp['epochs'] = 20
+    rcp,sec,start,say = _recipe_for(data, method, kwargs),{},time.perf_counter(),(lambda *a: None) if quiet else print
     out = new_folder(out, f'{Path(data).name}-{method}', force)
     with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
@@ -252,13 +256,15 @@ def compare(
     **kwargs
 )->dict: # Every run's numbers and the aggregated rows
     "Run several methods with several seeds under one recipe, and tabulate mean ± std"
-    ms,ss = methods.split(','),[int(o) for o in str(seeds).split(',')]
+    ms,ss = methods.split(','),str(seeds).split(',')
+    if not all(s.strip().isdigit() for s in ss): raise ValueError(f'--seeds must be whole numbers separated by commas, such as 0,1,2, got {seeds!r}')
     for m in ms:
         if m not in all_methods: raise ValueError(f"unknown method {m!r}; there are {', '.join(all_methods)}")
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-compare', force)
-    todo,runs = [(m,s,out/f'{m}-{s}') for s in ss for m in ms],[]
+    todo,runs = [(m,s,out/f'{m}-{s}') for s in map(int, ss) for m in ms],[]
     for m,s,folder in todo:
-        done = resume and (folder/'metrics.json').is_file() and read_config(folder)['status']=='done'
+        done = resume and (folder/'metrics.json').is_file() and (cfg := read_config(folder))['status']=='done'
+        if done and cfg['recipe']!=_recipe_for(data, m, kwargs): raise ValueError(f'the run in {folder} was made with other settings; give the same, or another --out')
         with redirect_stdout(StringIO()) if kwargs.get('quiet') else nullcontext():
             run = load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, probe=False, **kwargs)
         runs.append(replace(run, model=None, images=None))

@@ -94,6 +94,10 @@ def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
     assert main([*args, '--resume'])==0
     assert {f for f,t in stamps.items() if f.exists() and f.stat().st_mtime_ns!=t}=={tmp_path/'c'/'head-1'/'metrics.json'}
     assert json.loads((tmp_path/'c'/'compare.json').read_text()).keys()==d.keys()
+    assert main([*args, '--resume', '--epochs', '2'])==1
+    assert 'other settings' in capsys.readouterr().err
+    assert main([*args, '--seeds', 'a,b'])==1
+    assert '0,1,2' in capsys.readouterr().err
 
 def test_same_seed_same_result(folder, tmp_path):
     accs = []
