@@ -289,7 +289,7 @@ def adapt_for(
 )->nn.Module: # `model`
     "Make `model` ready to train by `method`: adapters put in, everything else frozen or not"
     if method=='full': return model.requires_grad_(True)
-    if method!='head': adapt(model, plan.check(model).ranks, lora_alpha, rslora, dropout)
+    if method!='head': adapt(model, plan.ranks, lora_alpha, rslora, dropout)
     return freeze(model)
 
 # %% ../nbs/04_learner.ipynb #2ebd2ccd
@@ -315,6 +315,7 @@ def fclora_learner(
     model,name = (create_backbone(arch, dls.c, head_std=rcp['head_std']),arch) if isinstance(arch, str) else (arch,type(arch).__name__)
     model.to(dls.device)
     if method in methods and plan is None: plan = plan_model(model, dls, method, budget, name=name, seed=seed, **kwargs)
+    if method in methods: check_called(model, dls.valid.one_batch()[0][:2], plan.check(model).sites)
     set_seed(seed)
     adapt_for(model, method, plan, rcp['lora_alpha'], rcp['rslora'], rcp['dropout'])
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=dls.device.type in ('cpu','cuda')))

@@ -7,7 +7,7 @@ spread of its output. `composite` turns the measurements into one score a site. 
 
 # %% auto #0
 __all__ = ['normalisers', 'paper_weights', 'preserved', 'RunningVar', 'sample_sq_norms', 'batch_loss', 'site_stats',
-           'warmup_head', 'normalise', 'composite']
+           'check_called', 'warmup_head', 'normalise', 'composite']
 
 # %% ../nbs/01_scorers.ipynb #82b570de
 import math,random
@@ -159,6 +159,16 @@ def _as_metrics(sites, tot, cov, fish, nb, n):
     res = dict(fisher=tot[0]/nb, grad=tot[1]/nb, cov=torch.stack([cov[s.path].var[s.rows].sum() for s in sites]))
     if n: res['sample_fisher'] = fish/n
     return {m:{s.name:v for s,v in zip(sites, vs.tolist())} for m,vs in res.items()}
+
+# %% ../nbs/01_scorers.ipynb #52565da4
+def check_called(
+    model:nn.Module, # Not adapted yet
+    x:torch.Tensor, # A few inputs
+    sites:list # `Site`s that are to be adapted
+):
+    "Raise unless a forward pass goes through the layer of every site, as scoring and adapting both need"
+    with preserved(model), torch.no_grad(), _record({s.path:model.get_submodule(s.path) for s in sites}) as calls: model(x)
+    _check_called(calls)
 
 # %% ../nbs/01_scorers.ipynb #ac0c78ee
 def _again(batches):

@@ -31,6 +31,12 @@ def test_only_what_the_method_trains_changes(dls, method):
     elif method=='head': assert changed==heads
     else: assert changed-heads=={n for n in before if is_adapter(n)}!=set() and heads<=changed
 
+@pytest.mark.parametrize('method', ['fclora','uniform'])
+def test_a_model_that_never_calls_its_projections_is_refused(dls, method):
+    beit = timm.create_model('beit_base_patch16_224', img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=3)
+    with pytest.raises(ValueError, match='never called'): fclora_learner(dls, beit, budget=12, method=method, score_batches=1)
+    assert not lora_layers(beit)
+
 def test_recipe_reaches_the_optimiser(dls):
     learn = fclora_learner(dls, 'vit_pico', budget=36, method='uniform', rcp=recipe(epochs=1, lr=1e-3, head_lr=4e-3, wd=.1, schedule='onecycle'))
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
