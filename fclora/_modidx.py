@@ -92,6 +92,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fclora.cli._save': ('cli.html#_save', 'fclora/cli.py'),
                             'fclora.cli._test_set': ('cli.html#_test_set', 'fclora/cli.py'),
                             'fclora.cli._what': ('cli.html#_what', 'fclora/cli.py'),
+                            'fclora.cli.clear_run': ('cli.html#clear_run', 'fclora/cli.py'),
                             'fclora.cli.compare': ('cli.html#compare', 'fclora/cli.py'),
                             'fclora.cli.default_model': ('cli.html#default_model', 'fclora/cli.py'),
                             'fclora.cli.evaluate': ('cli.html#evaluate', 'fclora/cli.py'),

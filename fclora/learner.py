@@ -112,6 +112,7 @@ def load_weights(
     try: sd = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f'{path} cannot be read as weights alone: {str(e).splitlines()[0]}') from None
+    if not isinstance(sd, dict): raise ValueError(f'{path} holds a {type(sd).__name__}, not weights by name')
     for k in ('model','state_dict'): sd = sd[k] if isinstance(sd.get(k), dict) else sd
     sd = {k.removeprefix('module.'):v for k,v in sd.items()}
     if fix := getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None): sd = fix(sd, model)

@@ -57,6 +57,10 @@ def test_download_that_fails_half_way(capsys, monkeypatch, folder):
     monkeypatch.setattr(learner.timm, 'create_model', broken)
     assert 'connection reset' in fails(capsys, *tune(folder, model='deit_tiny_patch16_224'))
 
+def test_checkpoint_that_is_no_state_dict(capsys, tmp_path, folder):
+    torch.save(torch.zeros(3), tmp_path/'t.pth')
+    assert 'holds a Tensor' in fails(capsys, *tune(folder, '--checkpoint', tmp_path/'t.pth'))
+
 def test_pickled_checkpoint_is_refused(capsys, tmp_path, folder):
     class Evil:
         def __reduce__(self): return (exec, ('raise SystemExit(9)',))
@@ -88,6 +92,11 @@ def test_output_folder_not_empty(capsys, tmp_path):
     (tmp_path/'mine.txt').write_text('keep')
     assert '--force' in fails(capsys, *tune('digits', '--out', tmp_path))
     assert (tmp_path/'mine.txt').read_text()=='keep'
+
+def test_force_removes_nothing_when_other_options_are_wrong(capsys, copy, tmp_path):
+    before = {f.name:f.read_bytes() for f in copy.iterdir()}
+    for args in (('digits', '--budget', 5), (tmp_path/'none',), ('digits', '--head-std', 0)): fails(capsys, *tune(*args, '--out', copy, '--force'))
+    assert {f.name:f.read_bytes() for f in copy.iterdir()}==before
 
 def test_out_of_gpu_memory(capsys, monkeypatch):
     def full(*a, **k): raise torch.OutOfMemoryError('CUDA out of memory')
