@@ -12,6 +12,7 @@ Modules:
 - `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders
 - `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
 - `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there
+- `fclora.pretrain`: Make a small backbone from a folder of images
 - `fclora.report`: The tables and pictures of a run, and of several runs side by side
 - `fclora.scorers`: One pass over a few batches says which sites matter for these images"""
 

@@ -7,3 +7,4 @@ from .calibration import *
 from .report import *
 from .artifacts import *
 from .cli import *
+from .pretrain import *

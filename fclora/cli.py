@@ -7,13 +7,15 @@ seeds, `evaluate`, `predict` and `merge` work on run folders. The functions retu
 
 # %% auto #0
 __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_folder', 'clear_run', 'peak_memory', 'hardware',
-           'score', 'KeepEpochs', 'finetune', 'compare', 'evaluate', 'predict', 'merge_cmd', 'usage', 'parser', 'main']
+           'score', 'KeepEpochs', 'finetune', 'compare', 'evaluate', 'predict', 'merge_cmd', 'command', 'usage',
+           'parser', 'main']
 
 # %% ../nbs/08_cli.ipynb #40d2b431
 import argparse,json,os,platform,resource,sys,time,traceback,warnings
 from contextlib import ExitStack,contextmanager,nullcontext,redirect_stdout
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from inspect import signature
 from io import StringIO
 from pathlib import Path
@@ -380,20 +382,28 @@ def merge_cmd(
     return res
 
 # %% ../nbs/08_cli.ipynb #28306cb6
-commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd)
+commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd,
+                pretrain='pretrain.pretrain')
+
+def command(
+    name:str # Of `commands`
+): # Function
+    "The function behind a command; those of later notebooks are named as module.function and imported here"
+    f = commands[name]
+    return f if callable(f) else getattr(import_module(f"{__package__ or 'fclora'}.{f.partition('.')[0]}"), f.partition('.')[2])
 
 def usage(
 )->str:
     "The help of `fclora` itself"
-    rows = '\n'.join(f'  {k:<10}{f.__doc__}' for k,f in commands.items())
+    rows = '\n'.join(f'  {k:<10}{command(k).__doc__}' for k in commands)
     return f'usage: fclora COMMAND [options]\n\n{rows}\n\nfclora COMMAND --help lists the options of a command. fclora --version prints {__version__}.'
 
 def parser(
     cmd:str # Name of a command
 ):
     "The argument parser of one command, made from its function's signature and docments"
-    p = anno_parser(commands[cmd], prog=f'fclora {cmd}', pos=['data'])
-    docs = {k:v for f in (recipe, plan_model, prepare, finetune, commands[cmd]) for k,v in docments(f).items() if v}
+    p = anno_parser(command(cmd), prog=f'fclora {cmd}', pos=['data'])
+    docs = {k:v for f in (recipe, plan_model, prepare, finetune, command(cmd)) for k,v in docments(f).items() if v}
     for a in p._actions:
         if a.dest not in docs: continue
         off,known = isinstance(a, argparse._StoreFalseAction),a.default not in (None, False, argparse.SUPPRESS)
@@ -414,7 +424,7 @@ def main(
     debug,_,_ = kw.pop('debug'),kw.pop('pdb', None),kw.pop('xtra', None)
     with warnings.catch_warnings():
         warnings.showwarning = lambda msg,*a,**k: print(f'fclora: warning: {msg}', file=sys.stderr)
-        try: res = commands[argv[0]](*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
+        try: res = command(argv[0])(*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
         except KeyboardInterrupt: print('fclora: interrupted' + '; finished epochs are kept in the run folder'*(argv[0] in ('finetune','compare')), file=sys.stderr); return 130
         except Exception as e:
             if debug: traceback.print_exc()

@@ -8,9 +8,9 @@ memory and resized, flipped and normalised in batches on the device. `score_dl` 
 
 # %% auto #0
 __all__ = ['stratified_split', 'Images', 'split_images', 'digits_images', 'cifar_images', 'reason', 'as_rgb', 'read_image', 'fit',
-           'to_square', 'decode', 'image_suffixes', 'class_files', 'find_splits', 'check_classes', 'threaded',
-           'decode_all', 'folder_images', 'load_images', 'ImageSet', 'ImageDL', 'RandomHFlip', 'ToInput', 'input_tfms',
-           'get_dls', 'score_dl', 'load_batch']
+           'to_square', 'decode', 'image_suffixes', 'class_files', 'pick_classes', 'find_splits', 'check_classes',
+           'threaded', 'decode_all', 'folder_images', 'load_images', 'ImageSet', 'ImageDL', 'RandomHFlip', 'ToInput',
+           'input_tfms', 'get_dls', 'score_dl', 'load_batch']
 
 # %% ../nbs/03_data.ipynb #baf48fee
 import warnings
@@ -189,6 +189,18 @@ def class_files(path:Path)->dict:
     "`{class: sorted image files}` of the class folders in `path`, at any depth below them"
     dirs = sorted(o for o in path.iterdir() if o.is_dir() and o.name[0]!='.')
     return {o.name: sorted(get_files(o, extensions=image_suffixes())) for o in dirs}
+
+# %% ../nbs/03_data.ipynb #735e7571
+def pick_classes(
+    names:list, # Sorted class names
+    classes:str=None # Python slice such as ::2 or :10; default all
+)->list: # At least two of `names`
+    "The class names that a slice selects"
+    if not classes: return list(names)
+    try: res = list(names)[slice(*[int(o) if o.strip() else None for o in str(classes).split(':')])] if ':' in str(classes) else []
+    except ValueError: res = []
+    if len(res)<2: raise ValueError(f'classes must be a slice that keeps at least two of the {len(names)} classes, such as ::2 or :10, got {classes!r}')
+    return res
 
 # %% ../nbs/03_data.ipynb #df386d4b
 def find_splits(path:Path)->dict:
