@@ -7,11 +7,11 @@ seeds, `evaluate`, `predict` and `merge` work on run folders. The functions retu
 
 # %% auto #0
 __all__ = ['run_root', 'commands', 'timed', 'default_model', 'prepare', 'new_folder', 'clear_run', 'peak_memory', 'hardware',
-           'score', 'KeepEpochs', 'finetune', 'compare', 'evaluate', 'predict', 'merge_cmd', 'command', 'usage',
-           'parser', 'main']
+           'score', 'KeepEpochs', 'finetune', 'parse_rows', 'compare', 'evaluate', 'predict', 'merge_cmd', 'command',
+           'usage', 'parser', 'main']
 
 # %% ../nbs/08_cli.ipynb #40d2b431
-import argparse,json,os,platform,resource,sys,time,traceback,warnings
+import argparse,json,os,platform,re,resource,shlex,sys,time,traceback,warnings
 from contextlib import ExitStack,contextmanager,nullcontext,redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from .artifacts import *
 import pandas as pd, timm, torch
 from fastcore.docments import docments
 from fastcore.meta import delegates
+from fastcore.basics import str2bool
 from fastcore.script import anno_parser
 from fastai.callback.core import Callback
 from fastai.data.transforms import get_files
@@ -75,6 +76,8 @@ def prepare(
     seed:int=0, # Of the split, the head, the adapters, the batches
     bs:int=32, # Batch size
     head_std:float=.02, # Spread of the fresh head
+    classes:str=None, # Slice of a folder's sorted class names, such as ::2 for every other; all
+    limit:str=None, # Most images of train, valid and test, such as 2000,500,3000; all
     quiet:bool=False # No progress bars
 )->tuple: # (dls, model, its description, description of the data, images)
     "Load images and backbone"
@@ -83,11 +86,11 @@ def prepare(
     if checkpoint and not Path(checkpoint).is_file(): raise FileNotFoundError(f'no checkpoint at {checkpoint}')
     if pretrained and not checkpoint: check_weights(name)
     cfg = timm.get_pretrained_cfg(name)
-    images = load_images(data, size or cfg.input_size[-1], valid_pct, test_pct, seed, data_root, interpolation=cfg.interpolation, skip_bad=skip_bad, progress=not quiet)
+    images = load_images(data, size or cfg.input_size[-1], valid_pct, test_pct, seed, data_root, limit, interpolation=cfg.interpolation, skip_bad=skip_bad, classes=classes, progress=not quiet)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
-    info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, skip_bad=skip_bad, seed=seed, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
+    info = dict(name=images.name, source=str(data), valid_pct=valid_pct, test_pct=test_pct, skip_bad=skip_bad, seed=seed, classes=classes, limit=limit, **{k:len(getattr(images, k)[1]) for k in ('train','valid','test')})
     return dls,net,model_config(net, name, pretrained, checkpoint, one_head, size),info,images
 
 # %% ../nbs/08_cli.ipynb #6fa09bc7
@@ -253,35 +256,89 @@ def finetune(
     return run
 
 # %% ../nbs/08_cli.ipynb #2a1d73f2
+def parse_rows(
+    text:str # Methods separated by commas; or rows separated by semicolons, each a method and its own options, such as 'fclora; fclora weights=fisher=1; uniform budget=36'
+)->dict: # {row: (method, options)}
+    "The rows of a comparison"
+    types,rows = {k:p.annotation for k,p in signature(finetune).parameters.items()},{}
+    for row in [' '.join(o.split()) for o in text.split(';' if ';' in text or ' ' in text.strip() else ',')]:
+        m,*opts = row.split() or ['']
+        if m not in all_methods: raise ValueError(f"unknown method {m!r}; there are {', '.join(all_methods)}")
+        pairs = dict(o.partition('=')[::2] for o in opts)
+        if wrong := [k for k in pairs if k not in types or k in ('data','method','seed','out')]: raise ValueError(f'{row!r}: finetune has no option {wrong[0]!r} to set for one row')
+        rows[row] = m,{k:str2bool(v) if types[k] is bool else types[k](v) for k,v in pairs.items()}
+    return rows
+
+# %% ../nbs/08_cli.ipynb #354c0d8c
+def _settings(out, resume, **kw):
+    "Write down what all runs in `out` share; on resuming raise when it is not the same"
+    file = out/'settings.json'
+    kw = {k:v for k,v in kw.items() if v is not None and k not in ('quiet','device','num_workers')}
+    if resume and file.is_file() and (old := json.loads(file.read_text()))!=kw:
+        diff = sorted(k for k in {*old,*kw} if old.get(k)!=kw.get(k))
+        raise ValueError(f"the runs in {out} were made with other settings ({', '.join(diff)}); give the same, or another --out")
+    write_json(file, kw)
+
+def _one_run(data, row, method, opts, seed, out, resume, force, kw):
+    "Run one row with one seed, or read it when it is there"
+    folder = out/re.sub(r'[^\w.=-]+', '_', f"{row}{' lr=%g'%opts['lr'] if 'lr' in opts and 'lr=' not in row else ''}-{seed}")
+    done = resume and (folder/'metrics.json').is_file() and read_config(folder)['status']=='done'
+    with redirect_stdout(StringIO()) if kw.get('quiet') else nullcontext():
+        run = load_run(folder, model=False) if done else finetune(data, method, out=str(folder), force=force or resume, seed=seed, probe=False, **kw | opts)
+    return replace(run, model=None, images=None, config=dict(run.config, row=row))
+
+def _tune(data, rows, lrs, seed, out, resume, force, kw):
+    "Try every learning rate of the grid on one seed; give each row the one with the best validation accuracy"
+    found = {}
+    for row,(m,opts) in rows.items():
+        key = 'head_lr' if m=='head' else 'lr'
+        for lr in lrs:
+            run = _one_run(data, row, m, opts | dict(lr=lr) | {key:lr}, seed, out, resume, force, kw)
+            found.setdefault(row, {})[f'{lr:g}'] = run.metrics['valid']['accuracy']
+            print(f"{row}, learning rate {lr:g}: validation accuracy {run.metrics['valid']['accuracy']:.2%}")
+        best = float(max(found[row], key=found[row].get))
+        opts.update({'lr':best, key:best})
+        if len(lrs)>1 and best in (min(lrs),max(lrs)): print(f'{row}: the best learning rate, {best:g}, is at the end of the grid')
+    return found
+
+# %% ../nbs/08_cli.ipynb #edc1001b
 @delegates(finetune, but=['method','seed','out','force','plan','data','probe'])
 def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
-    methods:str='fclora,uniform,head,full', # Methods, separated by commas
+    methods:str='fclora,uniform,head,full', # Methods, separated by commas; or rows with options of their own, separated by semicolons: 'fclora; fclora weights=fisher=1; uniform'
     seeds:str='0,1,2', # Seeds, separated by commas
+    lrs:str=None, # Learning rates, separated by commas, to choose from for every row, by validation accuracy on the first seed
     out:str=None, # Folder for all runs and the comparison
     force:bool=False, # Replace runs that are in --out already
     resume:bool=False, # Keep finished runs that are in --out already, and run only what is missing
     **kwargs
 )->dict: # Every run's numbers and the aggregated rows
     "Run several methods with several seeds under one recipe, and tabulate mean ± std"
-    ms,ss = methods.split(','),str(seeds).split(',')
+    rows,ss = parse_rows(methods),str(seeds).split(',')
     if not all(s.strip().isdigit() for s in ss): raise ValueError(f'--seeds must be whole numbers separated by commas, such as 0,1,2, got {seeds!r}')
-    for m in ms:
-        if m not in all_methods: raise ValueError(f"unknown method {m!r}; there are {', '.join(all_methods)}")
+    try: grid = [float(o) for o in lrs.split(',')] if lrs else []
+    except ValueError: raise ValueError(f'--lrs must be numbers separated by commas, such as 1e-3,5e-3, got {lrs!r}') from None
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-compare', force)
-    todo,runs = [(m,s,out/f'{m}-{s}') for s in map(int, ss) for m in ms],[]
-    for m,s,folder in todo:
-        done = resume and (folder/'metrics.json').is_file() and (cfg := read_config(folder))['status']=='done'
-        if done and cfg['recipe']!=_recipe_for(data, m, kwargs): raise ValueError(f'the run in {folder} was made with other settings; give the same, or another --out')
-        with redirect_stdout(StringIO()) if kwargs.get('quiet') else nullcontext():
-            run = load_run(folder, model=False) if done else finetune(data, m, out=str(folder), force=force or resume, seed=s, probe=False, **kwargs)
-        runs.append(replace(run, model=None, images=None))
-        print(f"{m}, seed {s}: test accuracy {run.metrics['test']['accuracy']:.2%}")
-        write_json(out/'compare.json', compare_json(runs))
+    _settings(out, resume, data=str(data), lrs=lrs, **kwargs)
+    tuning,runs = _tune(data, rows, grid, int(ss[0]), out, resume, force, kwargs) if grid else {},[]
+    for s in map(int, ss):
+        for row,(m,opts) in rows.items():
+            runs.append(_one_run(data, row, m, opts, s, out, resume or bool(grid), force, kwargs))
+            print(f"{row}, seed {s}: test accuracy {runs[-1].metrics['test']['accuracy']:.2%}")
+            write_json(out/'compare.json', res := dict(compare_json(runs), tuning=tuning, command=_command(data, methods, seeds, lrs, kwargs)))
     print(text_table(compare_table(runs)))
     save_report(runs, out/'compare.html')
     print(f'\nsaved in {out}')
-    return compare_json(runs)
+    return res
+
+def _command(data, methods, seeds, lrs, kw):
+    "The command line that reproduces a comparison"
+    args,par = dict(methods=methods, seeds=seeds, lrs=lrs) | kw,signature(finetune).parameters
+    def text(k, v):
+        k = k.replace('_', '-')
+        return {True:f'--{k}', False:f'--no-{k}'}[v] if isinstance(v, bool) else f'--{k} {shlex.quote(str(v))}'
+    changed = {k:v for k,v in args.items() if v is not None and k not in ('quiet','device') and not (k in par and v==par[k].default)}
+    return ' '.join(['fclora compare', shlex.quote(str(data)), *(text(k, v) for k,v in changed.items())])
 
 # %% ../nbs/08_cli.ipynb #3bb29589
 def _test_set(source, cfg, **kw):
@@ -289,7 +346,7 @@ def _test_set(source, cfg, **kw):
     own = source is None or str(source)==cfg['data']['source']
     d = cfg['data'] if own else {}
     kw['skip_bad'] = kw['skip_bad'] or d.get('skip_bad', False)
-    images = load_images(d.get('source', source), cfg['image']['size'], d.get('valid_pct', .2), d.get('test_pct'), d.get('seed', 0), interpolation=cfg['image']['interpolation'], **kw)
+    images = load_images(d.get('source', source), cfg['image']['size'], d.get('valid_pct', .2), d.get('test_pct'), d.get('seed', 0), limit=d.get('limit'), classes=d.get('classes'), interpolation=cfg['image']['interpolation'], **kw)
     if images.vocab!=cfg['classes']:
         a,b = (sorted(set(x)-set(y))[:5] for x,y in ((images.vocab, cfg['classes']), (cfg['classes'], images.vocab)))
         raise ValueError(f"the classes differ from those of the run: only in the data {a}, only in the run {b}")
