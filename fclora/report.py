@@ -206,7 +206,7 @@ def compare_table(
     df = pd.DataFrame({m:{'seeds':str(len(d['seeds'])), 'accuracy, %':_pm(d['accuracy'], 100), 'to uniform, points':_diff(d['points_to_uniform']), 't interval':_t(d['points_to_uniform']),
         'ECE raw':_pm(d['ece_raw'], 1, 4), 'ECE scaled':_pm(d['ece'], 1, 4), 'NLL scaled':_pm(d['nll'], 1, 4),
         'trained parameters':f"{d['trained_parameters']:,}", 'training, s':_secs(d['train_seconds']['mean'])} for m,d in ms.items()}).T
-    return (df if any(d['points_to_uniform'] for d in ms.values()) else df.drop(columns=['to uniform, points','t interval'])).rename_axis('method')
+    return (df if any(uniform_partner(m, ms) for m in ms) else df.drop(columns=['to uniform, points','t interval'])).rename_axis('method')
 
 # %% ../nbs/06_report.ipynb #dd0d7c90
 def read_compare(

@@ -241,11 +241,11 @@ def test_make_plan_holds_what_the_parts_say(plan, sites, stats):
     assert plan.settings==dict(weights=dict(fisher=.6, grad=.2, cov=.2), normaliser='minmax', seed=0, n_batches=8)
     assert {'fclora','torch','timm','fastai'}<=set(plan.versions) and plan.versions['torch']==version('torch')
 
-@pytest.mark.parametrize('method', ['fclora','uniform','random','naive'])
+@pytest.mark.parametrize('method', ['fclora','uniform','random','inverse','naive'])
 @pytest.mark.parametrize('unit', ['ranks','params'])
 def test_save_and_load_give_the_same_plan(sites, stats, tmp_path, method, unit):
     if (method,unit)==('naive','params'): return
-    plan = make_plan('test_vit', sites, stats if method in ('fclora','naive') else None, method, 60 if unit=='ranks' else 60*128, unit, seed=3)
+    plan = make_plan('test_vit', sites, stats if method in ('fclora','inverse','naive') else None, method, 60 if unit=='ranks' else 60*128, unit, seed=3)
     assert plan.save(tmp_path/'new/plan.json')==tmp_path/'new/plan.json'
     assert Plan.load(tmp_path/'new/plan.json')==plan
     assert [o.name for o in (tmp_path/'new').iterdir()]==['plan.json']   # no temporary file stays
@@ -339,7 +339,7 @@ def test_a_plan_without_measurements_has_no_metrics_to_plot(sites):
     with raises('this uniform plan was made without measurements'): make_plan('m', sites, method='uniform', budget=60).plot_metrics()
 
 @pytest.mark.parametrize('kw,piece', [
-    (dict(method='best'), "unknown method 'best'; there are fclora, uniform, random, naive"), (dict(unit='bytes'), "must be ranks or params, got 'bytes'"),
+    (dict(method='best'), "unknown method 'best'; there are fclora, uniform, random, inverse, naive"), (dict(unit='bytes'), "must be ranks or params, got 'bytes'"),
     (dict(stats=None), "method 'fclora' needs measurements"), (dict(stats=None, method='naive'), "method 'naive' needs measurements"),
     (dict(method='naive', unit='params'), 'naive rounding knows budgets in ranks only'), (dict(budget=17), 'give a budget in 18..288'),
     (dict(budget=2303, unit='params'), 'a budget of 2303 parameters .* give a budget in 2304..36864'), (dict(weights=dict(hessian=1)), "no metric 'hessian'"),

@@ -1,5 +1,5 @@
 "The commands end to end, as a user runs them"
-import csv, json, os, shutil, signal, subprocess, sys, time
+import csv, json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from PIL import Image
@@ -74,7 +74,7 @@ def test_score_and_finetune_from_its_plan(tmp_path, capsys):
     cfg = json.loads((tmp_path/'run'/'fclora.json').read_text())
     assert {k for k,v in cfg['ranks'].items() if v}=={f'blocks.{i}.attn.qkv.v' for i in range(6)}
 
-@pytest.mark.parametrize('method', ['uniform','random','naive','head','full'])
+@pytest.mark.parametrize('method', ['uniform','random','inverse','naive','head','full'])
 def test_every_method_round_trips(method, folder, tmp_path):
     out = tmp_path/'run'
     assert main(['finetune', str(folder), '--model', 'vit_pico', '--method', method, *QUICK, '--batch-size', '8', '--out', str(out)])==0
@@ -98,6 +98,35 @@ def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
     assert 'other settings' in capsys.readouterr().err
     assert main([*args, '--seeds', 'a,b'])==1
     assert '0,1,2' in capsys.readouterr().err
+
+def test_compare_tunes_each_row_on_validation_images(folder, tmp_path, capsys):
+    out = tmp_path/'c'
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform budget=18; uniform; head', '--seeds', '0', '--lrs', '0,1e-2', *QUICK[:-1], '--batch-size', '4', '--out', str(out)]
+    assert main(args)==0
+    d = json.loads((out/'compare.json').read_text())
+    assert list(d['methods'])==['uniform budget=18','uniform','head'] and d['tuning'].keys()==d['methods'].keys()
+    assert [r['plan'] and sum(s['rank'] for s in r['plan']['sites']) for r in d['runs']]==[18,100,None]
+    for r in d['runs']:
+        tried = d['tuning'][r['config']['row']]
+        assert tried[f"{r['config']['recipe']['lr']:g}"]==max(tried.values())==r['metrics']['valid']['accuracy']
+    assert d['runs'][2]['config']['recipe']['head_lr'] in (0, .01) and len(list(out.glob('*/metrics.json')))==6
+    assert shlex.split(d['command'])[:3]==['fclora','compare',str(folder)] and '--lrs 0,1e-2' in d['command']
+    capsys.readouterr()
+    for rows,word in (('fclora; best', "unknown method 'best'"), ('fclora seed=3', 'no option'), ('fclora colour=red', "no option 'colour'")):
+        assert main(['compare', str(folder), '--methods', rows])==1 and word in capsys.readouterr().err
+
+def test_part_of_a_data_set_and_its_evaluation(tmp_path, capsys):
+    data = make_images(tmp_path/'data', classes=('ant','bee','cat','dog'), n=12)
+    args = ['finetune', str(data), '--model', 'vit_pico', *QUICK, '--batch-size', '4', '--classes', '1::2', '--limit', '8,4,6', '--out', str(tmp_path/'run')]
+    assert main(args)==0
+    cfg = json.loads((tmp_path/'run'/'fclora.json').read_text())
+    assert cfg['classes']==['bee','dog'] and [cfg['data'][k] for k in ('train','valid','test')]==[8,4,6]
+    assert main(['evaluate', str(tmp_path/'run'), '--out', str(tmp_path/'e.json')])==0
+    assert json.loads((tmp_path/'e.json').read_text())['accuracy']==json.loads((tmp_path/'run'/'metrics.json').read_text())['test']['accuracy']
+    capsys.readouterr()
+    for opts,word in ((['--classes','7:'], 'at least two'), (['--limit','8,4'], 'three numbers'), (['--limit','1,1,1'], 'classes')):
+        assert main(['finetune', str(data), '--model', 'vit_pico', *opts])==1 and word in capsys.readouterr().err
+    assert main(['finetune', 'digits', '--classes', '::2'])==1 and 'selects folders' in capsys.readouterr().err
 
 def test_same_seed_same_result(folder, tmp_path):
     accs = []

@@ -58,7 +58,7 @@ def test_the_version_is_written_once():
     assert re.search(r'^## (\S+)', text('CHANGELOG.md'), re.M)[1]==fclora.__version__
 
 def test_dev_requirements_hold_what_the_tests_import():
-    dev = {Requirement(r).name for k in ('requirements','dev_requirements') for r in cfg[k].split()}
+    dev = {Requirement(r).name for k in cfg if k.endswith('requirements') for r in cfg[k].split()}
     assert {'nbdev','pytest','pytest-cov','hypothesis','torchmetrics','build'}<=dev
     assert {Requirement(r).name for r in pyproject['build-system']['requires']}<=dev   # the wheel is built without isolation here
 
@@ -126,7 +126,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
         assert any(n.startswith(info) and n.endswith('LICENSE') for n in z.namelist())
         assert re.findall(r'\S+ *= *\S+', z.read(info+'entry_points.txt').decode())==[cfg['console_scripts'].replace('=', ' = ')]
         meta = message_from_string(z.read(info+'METADATA').decode())
-    wanted = [Requirement(r) for r in cfg['requirements'].split()] + [Requirement(f'{r}; extra == "dev"') for r in cfg['dev_requirements'].split()]
+    extras = {k.removesuffix('_requirements'):cfg[k].split() for k in cfg if k.endswith('_requirements')}
+    extras['dev'] = {o for rs in extras.values() for o in rs}   # all tests run in CI
+    wanted = [Requirement(r) for r in cfg['requirements'].split()] + [Requirement(f'{r}; extra == "{k}"') for k,rs in extras.items() for r in rs]
     assert {str(Requirement(r)) for r in meta.get_all('Requires-Dist')}==set(map(str, wanted))
     assert (meta['Name'],meta['Version'],meta['Summary'],meta['Requires-Python'])==('fclora',fclora.__version__,cfg['description'],f">={cfg['min_python']}")
     assert meta.get_payload().strip()==text('README.md').strip()

@@ -2,6 +2,7 @@
 import json, re, warnings
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from scipy import stats
 from fclora.allocators import Plan
 from fclora.calibration import calibration_table, class_accuracy
 from fclora.lora import Site
@@ -155,14 +156,27 @@ def test_compare_against_hand_computed_numbers():
     assert acc['mean']==pytest.approx(2.65/3) and acc['std']==pytest.approx(np.std([.9,.8,.95], ddof=1))
     diff = d['fclora']['points_to_uniform']
     assert diff['seeds']==[0,1] and diff['mean']==pytest.approx(1.5) and (diff['lo'],diff['hi'])==(pytest.approx(-2),pytest.approx(5))
-    assert d['head']['points_to_uniform']==dict(mean=pytest.approx(-35), lo=None, hi=None, seeds=[0])
+    t = stats.ttest_1samp([5,-2], 0).confidence_interval()
+    assert (diff['t_lo'],diff['t_hi'])==(pytest.approx(t.low),pytest.approx(t.high))
+    assert d['head']['points_to_uniform']==dict(mean=pytest.approx(-35), lo=None, hi=None, t_lo=None, t_hi=None, seeds=[0])
     assert d['head']['accuracy']['std'] is None and d['uniform']['points_to_uniform'] is None
 
 def test_compare_table_text():
     t = compare_table(three_methods())
     assert t.loc['fclora','accuracy, %']=='88.33 ± 7.64' and t.loc['head','accuracy, %']=='50.00'
     assert t['to uniform, points'].tolist()==['+1.50 (-2.00 to +5.00)','–','-35.00'] and t.seeds.tolist()==['3','2','1']
+    assert t['t interval'].tolist()[1:]==['–','–']
     assert 'to uniform, points' not in compare_table([made_run()])
+
+def test_rows_of_one_method_are_kept_apart_and_held_against_their_own_uniform(tmp_path):
+    accs = {'uniform':.8, 'uniform budget=9':.6, 'fclora budget=9':.65, 'fclora rslora=0':.9}
+    runs = [made_run(method=k.split()[0], accuracy=a) for k,a in accs.items()]
+    for r,k in zip(runs, accs): r.config['row'] = k
+    ms = compare_json(runs)['methods']
+    assert list(ms)==list(accs)
+    assert {k:d['points_to_uniform'] and round(d['points_to_uniform']['mean'], 9) for k,d in ms.items()}=={'uniform':None, 'uniform budget=9':None, 'fclora budget=9':5, 'fclora rslora=0':10}
+    (tmp_path/'c.json').write_text(json.dumps(compare_json(runs)))
+    assert compare_table(read_compare(tmp_path/'c.json')).index.tolist()==list(accs)
 
 def test_no_common_seed_no_difference():
     assert compare_table([made_run(seed=0), made_run(method='uniform', seed=1)])['to uniform, points'].tolist()==['–','–']
