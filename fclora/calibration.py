@@ -9,7 +9,7 @@ Arithmetic is in float64 on the CPU. The report draws the numbers; a run folder 
 # %% auto #0
 __all__ = ['confidence', 'accuracy', 'class_accuracy', 'nll', 'brier', 'fit_temperature', 'Calibrated', 'conf_bins',
            'reliability', 'ece', 'mce', 'adaptive_ece', 'classwise_ece', 'ece_floor', 'ece_interval',
-           'calibration_table', 'plot_reliability']
+           'calibration_table', 'plot_reliability', 'plot_bins']
 
 # %% ../nbs/05_calibration.ipynb #37ba447b
 import math,warnings
@@ -274,12 +274,15 @@ def calibration_table(
         res[f'{f.__name__}_raw'],res[f.__name__] = f(x, y, 1., n_bins),f(x, y, T, n_bins)
     res['ece_interval_raw'],res['ece_interval'] = (list(ece_interval(x, y, t, n_bins, n_boot, seed=seed)) for t in (1.,T))
     res['ece_floor'],res['ece_floor_upper'] = ece_floor(x, T, n_bins, n_boot, seed=seed)
+    res['bins_raw'],res['bins'] = (_plain_bins(reliability(x, y, t, n_bins)) for t in (1.,T))
     return res
+
+def _plain_bins(t): return {k:[None if math.isnan(o) else o for o in v.tolist()] for k,v in t.items()}
 
 # %% ../nbs/05_calibration.ipynb #fac2514c
 def _draw_bins(ax, t, title):
     "One reliability diagram of the table `t`, with its bin counts beneath"
-    t = {k:v.numpy() for k,v in t.items()}
+    t = {k:np.array(v, float) for k,v in t.items()}
     x,w = (t['lo']+t['hi'])/2,t['hi']-t['lo']
     ax.bar(x, t['acc'], w, color='C0', edgecolor='white', label='accuracy')
     ax.bar(x, t['conf']-t['acc'], w, bottom=t['acc'], color='none', edgecolor='C1', hatch='///', label='gap to confidence')
@@ -298,11 +301,18 @@ def plot_reliability(
     axs=None # Two axes to draw on; a new figure by default
 ): # The two axes
     "Reliability before and after `T`, side by side, with bin counts beneath"
+    es,ts = zip(*[(ece(logits, targs, t, n_bins),reliability(logits, targs, t, n_bins)) for t in (1.,T)])
+    return plot_bins(dict(T=T, ece_raw=es[0], ece=es[1], bins_raw=ts[0], bins=ts[1]), axs)
+
+def plot_bins(
+    table:dict, # From `calibration_table`, perhaps read from a run's metrics
+    axs=None # Two axes to draw on; a new figure by default
+): # The two axes
+    "The same picture from stored numbers"
     if axs is None: axs = plt.subplots(1, 2, figsize=(7,3.7), sharey=True)[1]
     below = []
-    for ax,t,name in zip(axs, (1.,T), ('before','after')):
-        title = f'{name}, T = {t:.3g}: ECE {ece(logits, targs, t, n_bins):.3f}'
-        below.append(_draw_bins(ax, reliability(logits, targs, t, n_bins), title))
+    for ax,t,name,e,bins in zip(axs, (1.,table['T']), ('before','after'), (table['ece_raw'],table['ece']), (table['bins_raw'],table['bins'])):
+        below.append(_draw_bins(ax, bins, f'{name}, T = {t:.3g}: ECE {e:.3f}'))
     axs[0].set_ylabel('accuracy'); below[0].set_ylabel('samples'); axs[1].legend(fontsize='small', loc='upper left')
     top = max(b.get_ylim()[1] for b in below)
     for b in below: b.set_ylim(0, top)
