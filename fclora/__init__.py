@@ -10,6 +10,7 @@ Modules:
 - `fclora.calibration`: One temperature so that confidence means accuracy, and honest numbers about how well it does
 - `fclora.cli`: The `fclora` command, each part of which is also a Python function
 - `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders
+- `fclora.huggingface`: Plans and adapters to PEFT and back, and runs to the Hub and back
 - `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
 - `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there
 - `fclora.pretrain`: Make a small backbone from a folder of images

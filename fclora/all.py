@@ -8,3 +8,4 @@ from .report import *
 from .artifacts import *
 from .cli import *
 from .pretrain import *
+from .huggingface import *

@@ -440,7 +440,7 @@ def merge_cmd(
 
 # %% ../nbs/08_cli.ipynb #28306cb6
 commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd,
-                pretrain='pretrain.pretrain')
+                pretrain='pretrain.pretrain', peft='huggingface.export_peft', push='huggingface.push_to_hub')
 
 def command(
     name:str # Of `commands`
