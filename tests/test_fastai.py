@@ -1,4 +1,4 @@
-"What people do with a fastai Learner, done with ours; each test backs a row of the table in nbs/tutorials/07_with_fastai.ipynb"
+"What people do with a fastai Learner, done with ours; each test backs a row of the table in nbs/tutorials/10_with_fastai.ipynb"
 import json, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from conftest import make_images
 from fclora.all import *
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')]
-page = Path(__file__).parent.parent/'nbs/tutorials/07_with_fastai.ipynb'
+page = Path(__file__).parent.parent/'nbs/tutorials/10_with_fastai.ipynb'
 claims = set()
 
 def claim(*rows):
