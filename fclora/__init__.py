@@ -1,7 +1,8 @@
 """FC-LoRA trains small low-rank adapters in a frozen vision transformer. Before training it scores every query, key and value projection on your images (Fisher
 information, gradient magnitude, spread of the activations) and pours a fixed budget of ranks over them. Then it trains adapters and head with CutMix and label
 smoothing, and fits one temperature, so that of all predictions made with a confidence of 0.8 about 80 % are right. Uniform and random ranks, a linear probe and full
-fine-tuning are one flag away, so that it can be measured against them.
+fine-tuning are one flag away, so that it can be measured against them. Start with the command `fclora finetune`, or in Python with `from fclora.all import *`: `load_images`,
+`create_backbone`, `plan_model` and `fclora_learner` are the steps, a `Plan` holds the ranks, and `help(fclora.learner)` says more, as for every module.
 
 Modules:
 

@@ -84,7 +84,11 @@ def nll(
     return F.cross_entropy(x/T, y).item()
 
 # %% ../nbs/05_calibration.ipynb #fa706df3
-def brier(logits:Tensor, targs:Tensor, T:float=1.)->float: # In 0..2, 0 is perfect; arguments as for `nll`
+def brier(
+    logits:Tensor, # (n, c)
+    targs:Tensor, # (n,) class numbers
+    T:float=1. # Temperature
+)->float: # In 0..2, 0 is perfect
     "Squared distance of the probabilities from one-hot `targs`, summed over classes"
     x,y = _checked(logits, targs, T)
     return ((x/T).softmax(1)-F.one_hot(y, x.shape[1])).square().sum(1).mean().item()
@@ -197,19 +201,34 @@ def ece(
     return _mean_gap(reliability(logits, targs, T, n_bins))
 
 # %% ../nbs/05_calibration.ipynb #1026c186
-def mce(logits:Tensor, targs:Tensor, T:float=1., n_bins:int=15)->float: # In 0..1; arguments as for `ece`
+def mce(
+    logits:Tensor, # (n, c)
+    targs:Tensor, # (n,) class numbers
+    T:float=1., # Temperature
+    n_bins:int=15 # Bins of equal width
+)->float: # In 0..1, 0 is perfect
     "Maximum calibration error: the largest gap among bins that hold samples"
     t = reliability(logits, targs, T, n_bins)
     return (t['conf']-t['acc'])[t['count']>0].abs().max().item()
 
 # %% ../nbs/05_calibration.ipynb #f4e22910
-def adaptive_ece(logits:Tensor, targs:Tensor, T:float=1., n_bins:int=15)->float: # In 0..1; arguments as for `ece`
+def adaptive_ece(
+    logits:Tensor, # (n, c)
+    targs:Tensor, # (n,) class numbers
+    T:float=1., # Temperature
+    n_bins:int=15 # Bins of equal mass
+)->float: # In 0..1, 0 is perfect
     "ECE over bins of equal mass instead of equal width"
     conf,right = _judged(logits, targs, T, n_bins=n_bins)
     return _mean_gap(_bin_table(conf_bins(conf, n_bins, equal_mass=True), conf, right, n_bins))
 
 # %% ../nbs/05_calibration.ipynb #a68a2500
-def classwise_ece(logits:Tensor, targs:Tensor, T:float=1., n_bins:int=15)->float: # In 0..1; arguments as for `ece`
+def classwise_ece(
+    logits:Tensor, # (n, c)
+    targs:Tensor, # (n,) class numbers
+    T:float=1., # Temperature
+    n_bins:int=15 # Bins of equal width, for each class
+)->float: # In 0..1, 0 is perfect
     "Mean over classes of the binary ECE of `is it this class?`"
     x,y = _checked(logits, targs, T, n_bins=n_bins)
     p,(n,c) = (x/T).softmax(1),x.shape

@@ -117,14 +117,16 @@ def clear_run(
     for f in run_files: (Path(out)/f).unlink(missing_ok=True)
 
 # %% ../nbs/08_cli.ipynb #bdf69e4d
-def peak_memory(device
+def peak_memory(
+    device # Where the model is, a `torch.device`
 )->tuple: # (MiB, what was measured)
     "Peak memory so far: what was allocated on the GPU, or the size of this process"
     if device.type=='cuda': return torch.cuda.max_memory_allocated(device)/2**20,'GPU allocated'
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10),'process'
 
-def hardware(device
-)->str:
+def hardware(
+    device # Where the model is, a `torch.device`
+)->str: # Such as `2 CPU cores (x86_64)`
     "What the numbers were measured on"
     cpus = f'{os.cpu_count()} CPU cores ({platform.machine()})'
     return f'{torch.cuda.get_device_name(device)}, {cpus}' if device.type=='cuda' else cpus
@@ -154,9 +156,15 @@ def score(
 class KeepEpochs(Callback):
     "Write the run folder after every epoch, so that whatever stops the training loses one epoch at most"
     order,run_valid = 70,False
-    def __init__(self, save): self.save,self.rows = save,[]
-    def before_epoch(self): self.start = time.perf_counter()
+    def __init__(self,
+        save # Called after every epoch with its status and the history so far
+    ):
+        self.save,self.rows = save,[]
+    def before_epoch(self):
+        "Start the clock"
+        self.start = time.perf_counter()
     def after_epoch(self):
+        "Add the epoch to the history and save"
         train,valid,acc = map(float, self.recorder.values[-1][:3])
         self.rows.append(dict(epoch=self.epoch+1, train_loss=train, valid_loss=valid, accuracy=acc, lr=float(self.opt.hypers[0]['lr']), seconds=time.perf_counter()-self.start))
         self.save(f'epoch {self.epoch+1} of {self.n_epoch}', pd.DataFrame(self.rows))

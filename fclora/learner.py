@@ -9,11 +9,12 @@ value that the papers leave open."""
 # %% auto #0
 __all__ = ['default_cfgs', 'offline_hint', 'all_methods', 'vit_pico', 'check_arch', 'check_weights', 'load_weights',
            'SingleHeadDistilled', 'single_head', 'init_head', 'create_backbone', 'image_config', 'recipe',
-           'param_groups', 'splitter', 'plan_model', 'parse_weights', 'StopOnNaN', 'adapt_for', 'fclora_learner',
-           'get_logits', 'linear_probe']
+           'param_groups', 'splitter', 'plan_model', 'parse_weights', 'StopOnNaN', 'adapt_for', 'check_cb',
+           'FCLoRALearner', 'fclora_learner', 'get_logits', 'linear_probe']
 
 # %% ../nbs/04_learner.ipynb #d4a86f80
-import os,pickle,socket,sys
+import os,pickle,re,socket,sys
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -21,17 +22,17 @@ from .lora import *
 from .scorers import *
 from .allocators import *
 from .data import *
-import timm, torch
+import numpy as np, timm, torch
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import CutMix
+from fastai.callback.core import Callback,CancelFitException
+from fastai.callback.fp16 import MixedPrecision,ModelToHalf,NonNativeMixedPrecision
+from fastai.callback.mixup import CutMix,MixHandler
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
-from fastai.learner import Learner
+from fastai.learner import Learner,replacing_yield
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
@@ -48,6 +49,7 @@ from timm.data import resolve_model_data_config
 from timm.models import build_model_with_cfg,generate_default_cfgs,register_model
 from timm.models.vision_transformer import VisionTransformer,checkpoint_filter_fn
 from timm.models.deit import VisionTransformerDistilled
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 # %% ../nbs/04_learner.ipynb #18d54d6c
@@ -181,7 +183,7 @@ def image_config(
 
 # %% ../nbs/04_learner.ipynb #6e8f7d32
 def recipe(
-    method:str='fclora', # fclora, uniform, random, naive, head or full; only the learning rate depends on it
+    method:str='fclora', # fclora, uniform, random, inverse, naive, head or full; only the learning rate depends on it
     arch:str=None, # Name of the backbone; likewise
     epochs:int=None, # Passes over the training images: 10 as in the papers on CIFAR-10, for digits 20
     batch_size:int=32, # Images a step
@@ -211,25 +213,27 @@ def recipe(
 
 # %% ../nbs/04_learner.ipynb #2b40a878
 def param_groups(
-    model:nn.Module # What trains has `requires_grad`
+    model:nn.Module, # Adapted and frozen as it is to be trained
+    names=None # Names of the parameters that train, by default those with `requires_grad`
 )->dict: # {(part, decayed?): parameters}, part being backbone or head; empty groups are left out
     "Trainable parameters of `model` by part, and by whether weight decay applies"
     heads,res = head_names(model),{}
     for n,p in model.named_parameters():
-        if p.requires_grad: res.setdefault(('head' if is_head(n, heads) else 'backbone', p.ndim>1), []).append(p)
+        if p.requires_grad if names is None else n in names: res.setdefault(('head' if is_head(n, heads) else 'backbone', p.ndim>1), []).append(p)
     return dict(sorted(res.items()))
 
 def splitter(
-    model:nn.Module # What trains has `requires_grad`
+    model:nn.Module, # Adapted and frozen as it is to be trained
+    names=None # Names of the parameters that train, by default those with `requires_grad`
 )->list: # One list of parameters a group
     "The groups of `param_groups`, as fastai wants them"
-    return list(param_groups(model).values())
+    return list(param_groups(model, names).values())
 
 # %% ../nbs/04_learner.ipynb #b8dc9f43
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
-    method:str='fclora', # fclora, uniform, random or naive
+    method:str='fclora', # fclora, uniform, random, inverse or naive
     budget:int=100, # Ranks or parameters to spend
     unit:str='ranks', # Unit of the budget: ranks or params
     lo:int=1, # Lower bound of a rank
@@ -250,7 +254,7 @@ def plan_model(
     _check_budget(sites, budget, unit, lo, hi)
     dl = score_dl(dls, bs=score_bs, seed=seed)
     if head_warmup: warmup_head(model, dl, head_warmup)
-    if method in ('fclora','naive'):
+    if method in scored_methods:
         stats = site_stats(model, dl, sites, n_batches=score_batches, sample_fisher='sample_fisher' in weights, progress=progress)
         settings = dict(score_batches=min(score_batches, len(dl)), score_bs=score_bs or dls.bs, head_warmup=head_warmup)
     return make_plan(name or type(model).__name__, sites, stats, method, budget, unit, lo, hi, weights, normaliser, seed, settings)
@@ -275,8 +279,10 @@ class StopOnNaN(Callback):
     "Stop with an error as soon as the loss is not a number, saying where"
     order,run_valid = 60,False
     def after_loss(self):
-        if self.iter%10 and self.iter<self.n_iter-1: return
-        if not torch.isfinite(self.learn.loss): raise FloatingPointError(
+        "Look at every tenth loss and at the last one of the epoch"
+        if self.iter%10 and self.iter<self.n_iter-1 or torch.isfinite(self.learn.loss): return
+        if hasattr(self.learn, 'lr_finder'): raise CancelFitException # the search is over, and the weights are put back
+        raise FloatingPointError(
             f'the loss is {self.learn.loss.item()} in epoch {self.epoch+1}, batch {self.iter+1}; try a lower learning rate (--lr)')
 
 # %% ../nbs/04_learner.ipynb #b64f2aa0
@@ -294,6 +300,47 @@ def adapt_for(
     return freeze(model)
 
 # %% ../nbs/04_learner.ipynb #2ebd2ccd
+def check_cb(
+    learn:Learner, # That `cb` is to be added to
+    cb:Callback # Any
+):
+    "Raise if `cb` cannot work with `learn`, saying why"
+    name,device,mixing = type(cb).__name__,learn.dls.device,learn._grab_cbs(MixHandler)
+    if isinstance(cb, (ModelToHalf,NonNativeMixedPrecision)):
+        raise ValueError(f'{name} rounds the frozen weights to 16 bits for good, so adapters would not fit their backbone any more; use to_fp16 or to_bf16')
+    if isinstance(cb, MixedPrecision) and device.type!='cuda':
+        raise ValueError(f'mixed precision needs a CUDA device, and this Learner is on the {device}; without to_fp16 and to_bf16 it trains in 32 bits')
+    if isinstance(cb, MixHandler) and mixing:
+        old = type(mixing[0]).__name__
+        raise ValueError(f'{name} cannot mix images that {old} mixes already; turn CutMix off by recipe(cutmix=0), or by learn.remove_cb(CutMix)')
+
+class FCLoRALearner(Learner):
+    "fastai's `Learner`; what is frozen never trains, and callbacks that cannot work are refused"
+    @delegates(Learner.fit)
+    def fit(self,
+        n_epoch:int, # Passes over the training images
+        lr=None, # Learning rate, or one a group; `self.lr` by default
+        **kwargs
+    ):
+        "Train as fastai does; if that is interrupted, CutMix gives the loss function back all the same"
+        loss_func = self.loss_func
+        try: super().fit(n_epoch, lr, **kwargs)
+        finally: self.loss_func = loss_func
+
+    def add_cb(self,
+        cb # A callback, or its class
+    )->Learner: # `self`
+        "Add a callback that can work here; mixed precision takes the place of mixed precision"
+        cb = cb() if isinstance(cb, type) else cb
+        check_cb(self, cb)
+        if isinstance(cb, MixedPrecision): self.remove_cb(MixedPrecision)
+        return super().add_cb(cb)
+
+    def gather_args(self):
+        "Nothing for `WandbCallback` to log by itself: fastai's own fails on any number since fastcore 2.2"
+        return {}
+
+# %% ../nbs/04_learner.ipynb #4823cf94
 all_methods = (*methods, 'head', 'full')
 
 @delegates(plan_model, but=['method','budget','seed','name'])
@@ -301,14 +348,14 @@ def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     arch, # Name of a timm model, or a model with a fresh head
     budget:int=100, # Ranks, or parameters with `unit='params'`
-    method:str='fclora', # fclora, uniform, random, naive, head (linear probe) or full (fine-tuning)
+    method:str='fclora', # fclora, uniform, random, inverse, naive, head (linear probe) or full (fine-tuning)
     plan:Plan=None, # Ranks to use instead of scoring
     rcp:dict=None, # From `recipe`
     seed:int=0, # Of the head, the adapters, the scoring and the training
     cbs=None, # More callbacks
     metrics=accuracy, # Shown every epoch
     **kwargs
-)->Learner: # With `plan` (None for head and full) and `recipe`; train it with `fit_recipe`, or as you like
+)->FCLoRALearner: # With `plan` (None for head and full) and `recipe`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains the adapters and head of `arch` under the recipe"
     if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
     rcp = rcp or recipe(method, arch if isinstance(arch, str) else None)
@@ -319,25 +366,66 @@ def fclora_learner(
     if method in methods: check_called(model, dls.valid.one_batch()[0][:2], plan.check(model).sites)
     set_seed(seed)
     adapt_for(model, method, plan, rcp['lora_alpha'], rcp['rslora'], rcp['dropout'])
-    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=dls.device.type in ('cpu','cuda')))
+    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=dls.device.type in ('cpu','cuda'), foreach=False)) # TensorBoard cannot log None
+    trained = {n for n,p in model.named_parameters() if p.requires_grad}
     extra = [StopOnNaN()] + ([GradientClip(rcp['clip'])] if rcp['clip'] else []) + ([CutMix(rcp['cutmix'])] if rcp['cutmix'] else [])
     if dls.device.type=='cuda': extra.append(MixedPrecision('bf16'))
-    learn = Learner(dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), opt, lr=rcp['lr'], splitter=splitter,
+    learn = FCLoRALearner(dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), opt, lr=rcp['lr'], splitter=partial(splitter, names=trained),
                     wd=[rcp['wd']*decayed for _,decayed in param_groups(model)], cbs=extra+list(L(cbs)), metrics=metrics)
-    learn.plan,learn.recipe = plan if method in methods else None,rcp
+    learn.plan,learn.recipe,learn.trained = plan if method in methods else None,rcp,trained
     return learn
 
 # %% ../nbs/04_learner.ipynb #4cc36df6
 @patch
-def fit_recipe(self:Learner):
+def fit_recipe(self:FCLoRALearner):
     "Train as `self.recipe` says: its epochs, its schedule, one learning rate for the backbone and one for the head"
     r = self.recipe
-    lrs = [r['head_lr'] if part=='head' else r['lr'] for part,_ in param_groups(self.model)]
+    lrs = [r['head_lr'] if part=='head' else r['lr'] for part,_ in param_groups(self.model, self.trained)]
     try:
         if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0)
         else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'])
     except FloatingPointError as e: raise FloatingPointError(str(e).splitlines()[-1].strip()) from None # fastai puts a line of its own before ours
     return self
+
+# %% ../nbs/04_learner.ipynb #0cf687d8
+@patch
+def freeze_to(self:FCLoRALearner,
+    n:int # 0: adapters and head train, in full fine-tuning everything. 1 or -1: the head alone
+):
+    "Freeze the parts before `n`: `freeze()` leaves the head, `unfreeze()` adapters and head, never the backbone"
+    groups = [part for part,_ in param_groups(self.model, self.trained)]
+    parts = list(dict.fromkeys(groups))
+    if not -len(parts)<=n<len(parts): raise ValueError(f"freeze_to({n}) is out of range: this Learner trains {len(parts)} part(s), {', '.join(parts)}")
+    Learner.freeze_to(self, groups.index(parts[n]))
+
+# %% ../nbs/04_learner.ipynb #414fc497
+@patch
+def predict(self:FCLoRALearner,
+    item, # File, PIL image, or uint8 pixels: a tensor (3, h, w) or an array (h, w, 3)
+    **kwargs # Of fastai's `predict`
+)->tuple: # Name of the class, its number (), probabilities (c,) without temperature
+    "What the model says of one image"
+    if isinstance(item, (torch.Tensor, np.ndarray)):
+        if str(item.dtype).split('.')[-1]!='uint8': raise ValueError(f'pixels must be uint8, got {item.dtype}; normalised batches go to learn.model')
+        item = to_pil_image(item.as_subclass(torch.Tensor) if isinstance(item, torch.Tensor) else item)
+    return Learner.predict(self, item, **kwargs)
+
+# %% ../nbs/04_learner.ipynb #d71a380c
+@patch
+@contextmanager
+def set_split_idx(self:ImageSet,
+    i:int # 0: batches are augmented. 1: they are not
+):
+    "A block in which these images are treated as those of another split, as `Learner.tta` asks"
+    return replacing_yield(self, 'split_idx', i)
+
+# %% ../nbs/04_learner.ipynb #04545194
+@patch
+def summary(self:FCLoRALearner):
+    "fastai's summary, with parameters counted by `count_params`; adapted layers are not in its list"
+    n,res = count_params(self.model),Learner.summary(self)
+    rows = {'':n['total'], 'trainable ':n['trainable'], 'non-trainable ':n['total']-n['trainable']}
+    return type(res)(re.sub(r'Total params:.*?\n\n', '\n'.join(f'Total {k}params: {v:,}' for k,v in rows.items()) + '\n\n', res, flags=re.S))
 
 # %% ../nbs/04_learner.ipynb #e5050767
 def get_logits(
