@@ -69,10 +69,12 @@ def test_score_and_finetune_from_its_plan(tmp_path, capsys):
     plan = json.loads((tmp_path/'p.json').read_text())
     assert sum(o['rank'] for o in plan['sites'])==54 and 'sample_fisher' in plan['sites'][0]
     for o in plan['sites']: o['rank'] = int(o['kind']=='v')
+    plan['method'] = 'by hand'
     (tmp_path/'p.json').write_text(json.dumps(plan))
     assert main(['finetune', *QUICK, '--plan', str(tmp_path/'p.json'), '--out', str(tmp_path/'run')])==0
     cfg = json.loads((tmp_path/'run'/'fclora.json').read_text())
     assert {k for k,v in cfg['ranks'].items() if v}=={f'blocks.{i}.attn.qkv.v' for i in range(6)}
+    assert load_run(tmp_path/'run').config['method']=='by hand'
 
 @pytest.mark.parametrize('method', ['uniform','random','inverse','naive','head','full'])
 def test_every_method_round_trips(method, folder, tmp_path):
