@@ -8,3 +8,5 @@ from .report import *
 from .artifacts import *
 from .cli import *
 from .pretrain import *
+from .deploy import *
+from .bank import *

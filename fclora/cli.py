@@ -383,7 +383,7 @@ def merge_cmd(
 
 # %% ../nbs/08_cli.ipynb #28306cb6
 commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd,
-                pretrain='pretrain.pretrain')
+                pretrain='pretrain.pretrain', export='deploy.export', demo='deploy.demo')
 
 def command(
     name:str # Of `commands`
@@ -428,7 +428,7 @@ def main(
         except KeyboardInterrupt: print('fclora: interrupted' + '; finished epochs are kept in the run folder'*(argv[0] in ('finetune','compare')), file=sys.stderr); return 130
         except Exception as e:
             if debug: traceback.print_exc()
-            expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError))
+            expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError, ImportError))
             text = ' '.join(str(e).split()) or type(e).__name__
             print(f"fclora: error: {text}" if expected else f'fclora: error: {type(e).__name__}: {text} (--debug shows where)', file=sys.stderr)
             return 1
