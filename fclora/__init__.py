@@ -8,9 +8,11 @@ Modules:
 
 - `fclora.allocators`: Pour a fixed budget of ranks over the sites, and write the result down as a Plan
 - `fclora.artifacts`: What a run leaves on disk, and how to get it back
+- `fclora.bank`: Several runs on one base, each image of a batch served by the run that it names
 - `fclora.calibration`: One temperature so that confidence means accuracy, and honest numbers about how well it does
 - `fclora.cli`: The `fclora` command, each part of which is also a Python function
 - `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders
+- `fclora.deploy`: A run as an ONNX file, in 32 bits or 8, as a `torch.export` program, and as a page to try it on
 - `fclora.huggingface`: Plans and adapters to PEFT and back, and runs to the Hub and back
 - `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
 - `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there

@@ -9,3 +9,5 @@ from .artifacts import *
 from .cli import *
 from .pretrain import *
 from .huggingface import *
+from .deploy import *
+from .bank import *

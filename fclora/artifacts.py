@@ -145,7 +145,7 @@ def read_config(
 def _check_values(d, f):
     "Values that the model is built from must be what they claim to be; nothing in them is used as a path"
     m,img,T = d['model'],d['image'],d.get('T')
-    ok = dict(method=d['method'] in all_methods, classes=len(d['classes'])>1 and all(isinstance(o, str) for o in d['classes']),
+    ok = dict(method=isinstance(d['method'], str), classes=len(d['classes'])>1 and all(isinstance(o, str) for o in d['classes']),
               model=isinstance(m.get('name'), str) and all(k in m for k in ('pretrained','checkpoint','one_head','size')),
               image=isinstance(img.get('size'), int) and 0<img['size']<=4096 and len(img.get('mean', ''))==len(img.get('std', ''))==3,
               T=T is None or isinstance(T, (int,float)) and math.isfinite(T) and T>0)
@@ -179,7 +179,7 @@ def load_model(
     "Rebuild the trained model of a run, and check that it computes what it computed then"
     cfg = read_config(path)
     sd,model = _read_weights(path, cfg),_base_model(cfg, checkpoint)
-    if cfg['method'] in methods: adapt(model, cfg['ranks'], cfg['lora_alpha'], cfg['rslora'], cfg['dropout'])
+    if cfg['ranks']: adapt(model, cfg['ranks'], cfg['lora_alpha'], cfg['rslora'], cfg['dropout'])
     want = model.state_dict() if whole(cfg) else adapter_state(model)
     wrong = [k for k in {**want, **sd} if k not in sd or k not in want or sd[k].shape!=want[k].shape]
     if wrong: raise ValueError(f"{Path(path)/weights_name(cfg)} does not fit {cfg['model']['name']}: {len(wrong)} tensors are missing, extra or of another shape, such as {wrong[0]}")

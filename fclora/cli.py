@@ -236,7 +236,7 @@ def finetune(
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
     given = Plan.load(plan) if plan else None
     if given: method = given.method
-    if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
+    elif method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
     rcp,sec,start,say = _recipe_for(data, method, kwargs),{},time.perf_counter(),(lambda *a: None) if quiet else print
     out = new_folder(out, f'{Path(data).name}-{method}', force)
     with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
@@ -448,7 +448,8 @@ def merge_cmd(
 
 # %% ../nbs/08_cli.ipynb #28306cb6
 commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd,
-                pretrain='pretrain.pretrain', peft='huggingface.export_peft', push='huggingface.push_to_hub')
+                peft='huggingface.export_peft', push='huggingface.push_to_hub', export='deploy.export', demo='deploy.demo',
+                pretrain='pretrain.pretrain')
 
 def command(
     name:str # Of `commands`
@@ -493,7 +494,7 @@ def main(
         except KeyboardInterrupt: print('fclora: interrupted' + '; finished epochs are kept in the run folder'*(argv[0] in ('finetune','compare')), file=sys.stderr); return 130
         except Exception as e:
             if debug: traceback.print_exc()
-            expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError))
+            expected = isinstance(e, (ValueError, OSError, ArithmeticError, MemoryError, ImportError))
             text = ' '.join(str(e).split()) or type(e).__name__
             print(f"fclora: error: {text}" if expected else f'fclora: error: {type(e).__name__}: {text} (--debug shows where)', file=sys.stderr)
             return 1

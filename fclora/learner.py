@@ -357,13 +357,13 @@ def fclora_learner(
     **kwargs
 )->FCLoRALearner: # With `plan` (None for head and full) and `recipe`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains the adapters and head of `arch` under the recipe"
-    if method not in all_methods: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
-    rcp = rcp or recipe(method, arch if isinstance(arch, str) else None)
+    if method not in all_methods and not plan: raise ValueError(f"unknown method {method!r}; there are {', '.join(all_methods)}")
+    rcp,adapted = rcp or recipe(method, arch if isinstance(arch, str) else None),method not in ('head','full')
     set_seed(seed)
     model,name = (create_backbone(arch, dls.c, head_std=rcp['head_std']),arch) if isinstance(arch, str) else (arch,type(arch).__name__)
     model.to(dls.device)
-    if method in methods and plan is None: plan = plan_model(model, dls, method, budget, name=name, seed=seed, **kwargs)
-    if method in methods: check_called(model, dls.valid.one_batch()[0][:2], plan.check(model).sites)
+    if adapted and plan is None: plan = plan_model(model, dls, method, budget, name=name, seed=seed, **kwargs)
+    if adapted: check_called(model, dls.valid.one_batch()[0][:2], plan.check(model).sites)
     set_seed(seed)
     adapt_for(model, method, plan, rcp['lora_alpha'], rcp['rslora'], rcp['dropout'])
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=dls.device.type in ('cpu','cuda'), foreach=False)) # TensorBoard cannot log None
@@ -372,7 +372,7 @@ def fclora_learner(
     if dls.device.type=='cuda': extra.append(MixedPrecision('bf16'))
     learn = FCLoRALearner(dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), opt, lr=rcp['lr'], splitter=partial(splitter, names=trained),
                     wd=[rcp['wd']*decayed for _,decayed in param_groups(model)], cbs=extra+list(L(cbs)), metrics=metrics)
-    learn.plan,learn.recipe,learn.trained = plan if method in methods else None,rcp,trained
+    learn.plan,learn.recipe,learn.trained = plan if adapted else None,rcp,trained
     return learn
 
 # %% ../nbs/04_learner.ipynb #4cc36df6
