@@ -145,7 +145,7 @@ def read_config(
 def _check_values(d, f):
     "Values that the model is built from must be what they claim to be; nothing in them is used as a path"
     m,img,T = d['model'],d['image'],d.get('T')
-    ok = dict(method=isinstance(d['method'], str), classes=len(d['classes'])>1 and all(isinstance(o, str) for o in d['classes']),
+    ok = dict(method=d['method'] in all_methods or bool(d['ranks']), classes=len(d['classes'])>1 and all(isinstance(o, str) for o in d['classes']),
               model=isinstance(m.get('name'), str) and all(k in m for k in ('pretrained','checkpoint','one_head','size')),
               image=isinstance(img.get('size'), int) and 0<img['size']<=4096 and len(img.get('mean', ''))==len(img.get('std', ''))==3,
               T=T is None or isinstance(T, (int,float)) and math.isfinite(T) and T>0)

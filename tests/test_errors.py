@@ -125,7 +125,7 @@ def test_damaged_run_folders(capsys, copy, tmp_path):
     check = lambda: fails(capsys, 'evaluate', copy)
     assert 'no run folder' in fails(capsys, 'evaluate', tmp_path/'none')
     whole = (copy/'fclora.json').read_bytes()
-    for changes,word in ((dict(format=2), 'newer fclora'), (dict(ranks=None), "'ranks'"), (dict(T=-1), "'T'"), (dict(T='nan'), "'T'"), (dict(method='magic'), "'method'"),
+    for changes,word in ((dict(format=2), 'newer fclora'), (dict(ranks=None), "'ranks'"), (dict(T=-1), "'T'"), (dict(T='nan'), "'T'"), (dict(method='magic', ranks={}), "'method'"),
                          (dict(model=dict(name='../../../etc/passwd', pretrained=True, checkpoint=None, one_head=False, size=None)), 'timm has no model'),
                          (dict(classes=['a','b']), 'does not fit'), (dict(ranks={'blocks.0.attn.qkv.q':10**9}), '0..128'), (dict(ranks={'../x':1}), 'has no site'),
                          (dict(image=dict(size=10**9, mean=[0]*3, std=[1]*3)), "'image'"), (dict(probe=[[0.]*10]*2), 'not reproduced')):
