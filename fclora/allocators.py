@@ -13,9 +13,9 @@ __all__ = ['methods', 'scored_methods', 'rank_caps', 'waterfill', 'uniform', 'ra
 import json,math,os,random,re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass,field,asdict
+from dataclasses import dataclass,field,asdict,fields,replace
 from functools import reduce
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError,version
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from .lora import *
@@ -172,10 +172,14 @@ def atomic_path(
 def versions(
     pkgs=('fclora','torch','timm','fastai') # Distributions
 )->dict: # {package: version}
-    "Versions of the packages that a result depends on"
-    return {p:version(p) for p in pkgs}
+    "Versions of those of `pkgs` that are installed"
+    res = {}
+    for p in pkgs:
+        try: res[p] = version(p)
+        except PackageNotFoundError: pass
+    return res
 
-# %% ../nbs/02_allocators.ipynb #dd103e93
+# %% ../nbs/02_allocators.ipynb #70b9f950
 @dataclass
 class Plan:
     "Which site gets which rank, why, and under which settings"
@@ -251,7 +255,9 @@ def _grid(plan):
     "Rows (kinds), columns (blocks) and ranks as an array, NaN where there is no site"
     ks,bs = list(dict.fromkeys(s.kind for s in plan.sites)),sorted({s.block for s in plan.sites})
     g = np.full((len(ks), len(bs)), np.nan)
-    for s in plan.sites: g[ks.index(s.kind), bs.index(s.block)] = plan.ranks.get(s.name, 0)
+    for s in plan.sites: # a block may hold several sites of a kind, whose ranks add up
+        i = ks.index(s.kind),bs.index(s.block)
+        g[i] = np.nansum([g[i], plan.ranks.get(s.name, 0)])
     return ks,bs,g
 
 @patch
@@ -299,10 +305,14 @@ def plot_metrics(self:Plan,
     return axs
 
 # %% ../nbs/02_allocators.ipynb #2577d373
+_new_keys = ('heads','step','param') # written only where they say something
+
+def _site_row(s): return {k:v for k,v in asdict(s).items() if k not in _new_keys or v!=getattr(Site, k)}
+
 @patch
 def to_dict(self:Plan)->dict:
     "The Plan as JSON writes it: one row a site, with metrics, score and rank"
-    rows = [dict(asdict(s), **{m:v[s.name] for m,v in self.metrics.items()},
+    rows = [dict(_site_row(s), **{m:v[s.name] for m,v in self.metrics.items()},
                  **({'score':self.scores[s.name]} if self.scores else {}), rank=self.ranks.get(s.name, 0)) for s in self.sites]
     top = {k:getattr(self, k) for k in ('model','method','budget','unit','lo','hi')}
     return dict(format=1, **top, total_rank=self.total_rank, adapter_params=self.adapter_params,
@@ -317,7 +327,7 @@ def save(self:Plan,
     return Path(path)
 
 # %% ../nbs/02_allocators.ipynb #f1183021
-_site_keys = ('name','path','kind','block','d_in','d_out','start')
+_site_keys = tuple(f.name for f in fields(Site))
 
 @patch(cls_method=True)
 def load(cls:Plan,
@@ -338,7 +348,7 @@ def plan_from_dict(
         if d['format']!=1: raise ValueError(f"{source} has format {d['format']}, made by a newer fclora; this one reads format 1")
         rows = d['sites']
         if twice := [n for n,k in Counter(r['name'] for r in rows).items() if k>1]: raise ValueError(f'{source} names the site {twice[0]} twice')
-        sites = [Site(**{k:r[k] for k in _site_keys}) for r in rows]
+        sites = [Site(**{k:r[k] for k in _site_keys if k in r or k not in _new_keys}) for r in rows]
         ranks,ms = {r['name']:r['rank'] for r in rows},[k for k in rows[0] if k not in (*_site_keys, 'score', 'rank')]
         plan = Plan(d['model'], sites, ranks, d['budget'], d['unit'], d['method'], d['lo'], d['hi'], {m:{r['name']:r[m] for r in rows} for m in ms},
                     {r['name']:r['score'] for r in rows if 'score' in r}, d['settings'], d['versions'])
@@ -355,6 +365,7 @@ def check(self:Plan,
     own = {s.name:s for s in _all_sites(model)}
     for s in self.sites:
         if s.name not in own: raise ValueError(f'this Plan was made for {self.model}: {type(model).__name__} has no site {s.name}')
-        if (o := own[s.name])!=s:
-            raise ValueError(f'this Plan was made for {self.model}: its {s.name} maps {s.d_in} to {s.d_out}, here it maps {o.d_in} to {o.d_out}')
+        if (o := own[s.name])!=replace(s, block=o.block, param=o.param):
+            raise ValueError(f'this Plan was made for {self.model}: its {s.name} maps {s.d_in} to {s.d_out}, here it maps {o.d_in} to {o.d_out}'
+                             + (' in other rows' if o.d_out==s.d_out else ''))
     return self

@@ -238,7 +238,7 @@ def plan_model(
     unit:str='ranks', # Unit of the budget: ranks or params
     lo:int=1, # Lower bound of a rank
     hi:int=16, # Upper bound of a rank
-    kinds:str='q,k,v', # Kinds of sites, of q, k, v, proj, fc1, fc2
+    kinds:str='q,k,v', # Kinds of sites, of q, k, v, proj, fc1, fc2, gate, conv
     include:str=None, # Regular expression that their names must match (from Python also a list of names)
     weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov and sample_fisher
     normaliser:str='minmax', # minmax, rank or log

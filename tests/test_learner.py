@@ -32,10 +32,20 @@ def test_only_what_the_method_trains_changes(dls, method):
     else: assert changed-heads=={n for n in before if is_adapter(n)}!=set() and heads<=changed
 
 @pytest.mark.parametrize('method', ['fclora','uniform'])
-def test_a_model_that_never_calls_its_projections_is_refused(dls, method):
+def test_a_model_that_never_calls_its_projections_trains_them_where_it_reads_them(dls, method):
     beit = timm.create_model('beit_base_patch16_224', img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=3)
-    with pytest.raises(ValueError, match='never called'): fclora_learner(dls, beit, budget=12, method=method, score_batches=1)
-    assert not lora_layers(beit)
+    learn = fclora_learner(dls, beit, budget=12, method=method, score_batches=1, rcp=recipe(epochs=1))
+    before = {n:p.detach().clone() for n,p in beit.named_parameters()}
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    changed = {n for n,p in beit.named_parameters() if not torch.equal(p, before[n])}
+    assert changed=={n for n in before if is_adapter(n) or n.startswith('head.')} and len(lora_layers(beit))==2
+
+@pytest.mark.parametrize('method', ['fclora','uniform'])
+def test_a_projection_that_takes_no_part_is_refused(dls, method):
+    model = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=3)
+    model.blocks[0].attn.q_proj = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match='q_proj was never called'): fclora_learner(dls, model, budget=40, method=method, score_batches=1)
+    assert not lora_layers(model)
 
 def test_recipe_reaches_the_optimiser(dls):
     learn = fclora_learner(dls, 'vit_pico', budget=36, method='uniform', rcp=recipe(epochs=1, lr=1e-3, head_lr=4e-3, wd=.1, schedule='onecycle'))

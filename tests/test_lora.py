@@ -1,4 +1,5 @@
 "The LoRA layer against plain autograd on W0 + sBA; sites, freezing, counting, merging, saving"
+import pickle
 from copy import deepcopy
 import pytest, timm, torch
 from hypothesis import given,settings,strategies as st
@@ -272,8 +273,8 @@ def test_sites_stay_the_same_when_the_model_is_adapted(model):
     before = find_sites(model, kinds=kinds)
     assert find_sites(adapt(model, ranks_of(model)), kinds=kinds)==before
 
-def test_convolutions_and_heads_are_no_sites():
-    with raises('it has fc1, fc2'): find_sites(timm.create_model('test_convnext'))
+def test_what_a_model_has_instead():
+    with raises('it has fc1, fc2, conv'): find_sites(timm.create_model('test_convnext'))
     with raises('Sequential has no q, k, v site; it has no projection'): find_sites(nn.Sequential(nn.Linear(3, 3)))
 
 @pytest.mark.parametrize('kw,piece', [
@@ -368,3 +369,182 @@ def test_parameter_counts_of_the_paper(n_classes, n_ranks, adapter, with_head, p
 def test_rank_four_on_query_and_value_of_vit_base():
     with torch.device('meta'): m = timm.create_model('vit_base_patch16_224', num_classes=10)
     assert count_params(adapt(m, {s.name:4 for s in find_sites(m, kinds=('q','v'))}))['adapter']==147_456
+
+# --- layers fused head by head, or unequally
+
+def test_rows_of_heads_get_their_own_update():
+    torch.manual_seed(0)
+    base,sites = nn.Linear(6, 20),[Site(k, 'qkv', k, 0, 6, w*2, o, heads=2, step=10) for k,w,o in (('q',3,0),('k',3,3),('v',4,6))]
+    assert sites[0].rows==[0,1,2,10,11,12] and sorted(i for s in sites for i in s.rows)==list(range(20))
+    lora = LoRALinear(base, {sites[0]:2, sites[2]:1})
+    for B in lora.lora_B.values(): nn.init.normal_(B)
+    want,x = torch.zeros(20, 6),torch.randn(4, 6)
+    for s in (sites[0],sites[2]): want[s.rows] = lora.scaling[s.kind]*lora.lora_B[s.kind]@lora.lora_A[s.kind]
+    assert_close(lora.delta(), want)
+    want = (base(x)+x@want.T).detach()
+    assert_close(lora(x), want, atol=1e-5, rtol=1e-5)
+    lora.merge()
+    assert_close(base(x), want, atol=1e-5, rtol=1e-5)   # `lora` holds the weight of `base` itself
+
+def test_grouped_query_attention_makes_narrower_and_cheaper_keys_and_values():
+    T = pytest.importorskip('transformers')
+    kw = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    for cls,cfg in ((T.LlamaForCausalLM,T.LlamaConfig),(T.Phi3ForCausalLM,T.Phi3Config)):   # separate, and fused with unequal parts
+        sites = find_sites(cls(cfg(**kw)))
+        assert [(s.kind,s.d_out,s.cost) for s in sites]==[('q',32,64),('k',16,48),('v',16,48)]
+    assert [s.rows for s in sites]==[slice(0,32),slice(32,48),slice(48,64)]
+
+@pytest.mark.parametrize('rows', [63,96])
+def test_rows_that_the_heads_do_not_explain_are_not_guessed(model, rows):
+    model.blocks[0].attn.qkv = nn.Linear(64, rows)
+    with raises(f'blocks.0.attn.qkv has {rows} rows, and its heads do not tell which of them are q, k, v; or leave it out with `include`'): find_sites(model)
+    assert {s.block for s in find_sites(model, include=r'blocks\.[1-5]')}=={1,2,3,4,5}
+
+# --- weights that are read, and convolutions
+
+def shake(model, seed=1):
+    "`trained` for every kind of adapter"
+    return trained(model, seed).eval()
+
+class Same(nn.Module):
+    "Convolutions of several sorts as projections"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q,self.k,self.v = nn.Conv2d(3, 6, 1),nn.Conv2d(6, 6, 3, stride=2, padding=1, dilation=2),timm.layers.Conv2dSame(6, 8, 3, stride=2)
+        self.proj,self.head = nn.Conv1d(8, 5, 2),nn.Linear(5, 2)
+    def forward(self, x): return self.head(self.proj(self.v(self.k(self.q(x)).tanh()).flatten(2)).mean(-1))
+
+def beit():
+    torch.manual_seed(0)
+    model = timm.create_model('beit_base_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=4).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1*torch.randn_like(p))   # LayerScale and head start too small to see anything
+    return model
+def torch_encoder(batch_first=True):
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, dropout=0., batch_first=batch_first), 2, enable_nested_tensor=False).eval()
+
+read = dict(beit=(beit, (3,32,32)), conv=(Same, (3,9,9)), mha=(torch_encoder, (5,16)))
+def made(name):
+    model,shape = read[name]
+    torch.manual_seed(0)
+    return model(),torch.randn(4, *shape)
+every_kind = ('q','k','v','proj','fc1','fc2','conv')
+
+@pytest.mark.parametrize('name', read)
+def test_adapting_where_the_weight_is_read(name):
+    model,x = made(name)
+    base,sites = deepcopy(model),find_sites(model, every_kind)
+    names = set(model.state_dict())
+    adapt(model, {s.name:2 if min(s.d_in, s.d_out)>1 else 1 for s in sites})
+    assert names==set(model.state_dict())-{n for n in model.state_dict() if is_adapter(n)} and find_sites(model, every_kind)==sites
+    with torch.no_grad(): assert_close(model(x), base(x), rtol=0, atol=1e-6)
+    shake(model)
+    with torch.no_grad():
+        want = model(x)
+        assert (want-base(x)).abs().max()>1e-3
+        plain = deepcopy(base)
+        for s in sites:
+            W,layer = site_weight(plain, s),model.get_submodule(s.path)
+            D = layer.scaling[s.kind]*layer.lora_B[s.kind]@layer.lora_A[s.kind]
+            W[s.rows] += D.view_as(W[s.rows])
+        assert_close(plain(x), want, atol=1e-5, rtol=1e-4)
+        assert_close(merge(deepcopy(model))(x), want, atol=1e-5, rtol=1e-4)
+        assert_close(unload(deepcopy(model), merge=True)(x), want, atol=1e-5, rtol=1e-4)
+        same(unmerge(merge(deepcopy(model)))(x), want)
+        same(unload(deepcopy(model))(x), base(x))
+        same(pickle.loads(pickle.dumps(model))(x), want)
+    assert [type(m) for m in unload(deepcopy(model)).modules()]==[type(m) for m in base.modules()]
+    with raises('adapted already'): adapt(model, {sites[0].name:1})
+
+@pytest.mark.parametrize('name', read)
+def test_a_copy_has_its_own_factors_and_gradients_reach_them(name):
+    model,x = made(name)
+    freeze(shake(adapt(model, {s.name:1 for s in find_sites(model, every_kind)})))
+    twin = deepcopy(model)
+    twin(x).square().sum().backward()
+    assert all(p.grad is not None for n,p in twin.named_parameters() if is_adapter(n)) and not any(p.grad is not None for p in model.parameters())
+    assert not any(p.grad is not None for n,p in twin.named_parameters() if not is_adapter(n) and not n.startswith('head.'))
+    with torch.no_grad():
+        before = model(x)
+        for n,p in twin.named_parameters():
+            if is_adapter(n): p.zero_()
+        same(model(x), before)
+
+@pytest.mark.parametrize('batch_first', [True,False])
+def test_torch_fast_paths_see_the_update(batch_first):
+    model,x = torch_encoder(batch_first),torch.randn(3, 5, 16)
+    shake(adapt(model, {s.name:2 for s in find_sites(model, every_kind)}))
+    slow = model(x).detach()
+    with torch.no_grad(): assert_close(model(x), slow, atol=1e-5, rtol=1e-4)    # one fused kernel for a whole layer
+    with torch.inference_mode(): assert_close(model(x), slow, atol=1e-5, rtol=1e-4)
+
+def test_precision_and_dropout_where_the_weight_is_read():
+    model = shake(adapt(beit(), {s.name:2 for s in find_sites(beit())}, dropout=.5))
+    x = images()
+    with torch.no_grad():
+        full,half = model(x),deepcopy(model).bfloat16()
+        assert half.blocks[0].attn.qkv.weight.dtype==half(x.bfloat16()).dtype==torch.bfloat16
+        with torch.autocast('cpu', torch.bfloat16): assert_close(model(x).float(), full, atol=.05*full.abs().max().item(), rtol=0)
+        assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), full)
+    assert {p.dtype for n,p in adapt(beit().bfloat16(), {'blocks.0.attn.qkv.q':2}).named_parameters() if is_adapter(n)}=={torch.float32}
+
+def test_running_statistics_are_saved_with_the_adapters():
+    def net(): return timm.create_model('test_resnet', num_classes=3)
+    torch.manual_seed(0)
+    model = net()
+    base,ranks,x = deepcopy(model),{s.name:1 for s in find_sites(model, ('conv',))},torch.randn(4, 3, 32, 32)
+    freeze(adapt(model, ranks)).train()(x)
+    again = adapt(base, ranks)
+    again.load_state_dict(adapter_state(model), strict=False)
+    with torch.no_grad(): same(again.eval()(x), model.eval()(x))
+
+# --- what cannot be adapted says so
+
+def test_embeddings_groups_and_other_layers_are_refused_by_name():
+    net = nn.ModuleDict(dict(emb=nn.Embedding(5, 4), norm=nn.LayerNorm(4), q=nn.Linear(4, 4), dw=nn.Conv2d(4, 4, 3, groups=4), up=nn.ConvTranspose2d(4, 4, 2)))
+    for n,why in dict(emb='emb is an embedding', norm='norm is a LayerNorm, not a linear layer', dw='dw is a grouped convolution', up='up is a ConvTranspose2d').items():
+        with raises(why): find_sites(net, include=[n])
+        with raises(why): adapt(net, {n:1})
+
+def test_quantised_layers_are_refused():
+    net = nn.Sequential(nn.ModuleDict(dict(q=nn.Linear(4, 4), v=nn.Linear(4, 4))))
+    with raises('0.q is quantised: adapt the model before'): find_sites(torch.ao.quantization.quantize_dynamic(net))
+    packed = nn.Linear(8, 8)
+    packed.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)   # as bitsandbytes stores four bits
+    net[0]['q'] = packed
+    with raises('0.q is quantised'): find_sites(net)
+    assert [s.name for s in find_sites(net, include='v')]==['0.v']
+
+def test_a_model_that_peft_adapted_is_refused(model):
+    peft = pytest.importorskip('peft')
+    net = peft.get_peft_model(model, peft.LoraConfig(target_modules=['qkv']))
+    with raises('attn.qkv is adapted by PEFT already: call merge_and_unload'): find_sites(net)
+    assert len(find_sites(net.merge_and_unload()))==18
+
+def test_tied_weights_are_refused_and_shared_modules_are_not():
+    net = nn.ModuleDict(dict(q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4)))
+    net['k'].weight = net['q'].weight
+    for n,o in (('q','k'),('k','q')):
+        with raises(f'{n} shares its weight with {o}'): find_sites(net, kinds=(n,))
+        with raises(f'{n} shares its weight with {o}'): adapt(net, {n:1})
+    assert [s.name for s in find_sites(net, kinds=('v',))]==['v']
+    assert [s.name for s in find_sites(Twice(True))]==['q']
+
+def test_a_parametrised_weight_is_refused():
+    net = nn.ModuleDict(dict(q=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))))
+    with raises('q has a weight that is computed: remove its parametrisation first'): find_sites(net)
+
+def test_reading_a_weight_is_told_from_asking_for_its_type():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.q,self.k,self.v = (nn.Linear(2, 2) for _ in range(3))
+        def reset(self): nn.init.zeros_(self.v.weight)
+        def forward(self, x): return F.linear(x.to(self.k.weight.dtype), self.q.weight) + self.k(x) + self.v(x)
+    assert layers_read(Reads)=={'q'}
+    assert [(s.name,s.param) for s in find_sites(Reads())]==[('q','weight'),('k',''),('v','')]
+
+@pytest.mark.parametrize('names', [['heads'],['classifier'],['score'],['cls_classifier','distillation_classifier']])
+def test_heads_by_their_usual_names(names):
+    net = nn.ModuleDict({n:nn.Linear(2, 2) for n in ['backbone','lm_head',*names]})
+    assert head_names(net)==names

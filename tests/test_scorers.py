@@ -28,7 +28,7 @@ def grads(model, batch, sites, loss_func):
     "Each site's weight gradient, from plain backward"
     model.zero_grad()
     batch_loss(model, batch, loss_func).backward()
-    return {s.name:model.get_submodule(s.path).weight.grad[s.rows].double() for s in sites}
+    return {s.name:site_weight(model, s).grad[s.rows].double() for s in sites}
 
 def naive(model, batches, sites=None, loss_func=F.cross_entropy):
     "Batch Fisher and mean |gradient| from plain backward"
@@ -141,6 +141,147 @@ def test_rows_in_any_leading_shape_and_precision():
     a.update(x); b.update(x.reshape(-1, 5)); c.update(x.bfloat16().requires_grad_())
     assert_close(a.var, b.var, rtol=0, atol=0)
     assert_close(c.var, x.bfloat16().double().reshape(-1, 5).var(0), rtol=1e-5, atol=0)
+
+# --- weights that are read, convolutions, unequal rows
+
+class Reads(Grid):
+    "As `Grid`, without ever calling the layer"
+    def forward(self, x):
+        x = F.linear(x, self.q.weight, self.q.bias).tanh()
+        return self.head(F.linear(x.reshape(-1, 4, 6), weight=self.q.weight, bias=self.q.bias).reshape(x.shape).mean((1,2)))
+
+def test_a_weight_that_is_read_scores_as_a_layer_that_is_called():
+    want,got = (site_stats(m, grids(), sample_fisher=True) for m in (Grid(),Reads()))
+    assert find_sites(Reads())[0].param=='weight'
+    for m in want: close(got[m], want[m], rtol=1e-6)
+
+class Convs(nn.Module):
+    "1 x 1 and k x k projections with stride, padding and dilation"
+    def __init__(self, same=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q,self.k,self.head = nn.Conv2d(3, 5, 1),nn.Conv2d(5, 6, 3, stride=2, padding=1, dilation=2),nn.Linear(6, 4)
+        if same: self.k = timm.layers.Conv2dSame(5, 6, 3, stride=2)
+    def forward(self, x): return self.head(self.k(self.q(x).tanh()).tanh().mean((2,3)))
+
+def small_images(): return [(x[...,:9,:9], y) for x,y in make_batches()]
+
+def test_convolutions():
+    stats,sites = site_stats(Convs(), small_images(), sample_fisher=True),find_sites(Convs())
+    assert [(s.name,s.d_in,s.d_out) for s in sites]==[('q',3,5),('k',45,6)]
+    want = naive(Convs(), small_images())
+    for m in want: close(stats[m], want[m])
+    close(stats['sample_fisher'], singly(Convs(), small_images()))
+    outs,model = [],Convs()
+    model.k.register_forward_hook(lambda m,i,o: outs.append(o.movedim(1, -1).reshape(-1, 6).double()))
+    with torch.no_grad(): [model(x) for x,_ in small_images()]
+    close(dict(k=stats['cov']['k']), dict(k=torch.cat(outs).var(0).sum().item()))
+
+def test_windows_that_cannot_be_told_are_refused_for_sample_fisher_only():
+    site_stats(Convs(same=True), small_images())
+    with raises('sample_fisher cannot tell which windows k sees, a Conv2dSame: take fisher instead'): site_stats(Convs(same=True), small_images(), sample_fisher=True)
+
+class Attends(nn.Module):
+    "nn.MultiheadAttention on its own tokens, or on others"
+    def __init__(self, batch_first, cross):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn,self.head,self.first,self.cross = nn.MultiheadAttention(6, 2, batch_first=batch_first),nn.Linear(6, 4),batch_first,cross
+    def forward(self, x): # (b, 2, 4, 6)
+        x = x.flatten(1, 2)
+        x = x if self.first else x.transpose(0, 1)
+        q = x[:,:3] if self.first else x[:3]
+        return self.head(self.attn(q if self.cross else x, x, x)[0].mean(1 if self.first else 0))
+
+@pytest.mark.parametrize('batch_first', [True,False])
+@pytest.mark.parametrize('cross', [True,False])
+def test_multihead_attention(batch_first, cross):
+    model = Attends(batch_first, cross)
+    sites = find_sites(model, ('q','k','v','proj'))
+    assert [s.name for s in sites]==['attn.q','attn.k','attn.v','attn.out_proj']
+    stats,want = site_stats(model, grids(), sites, sample_fisher=True),naive(model, grids(), sites)
+    for m in want: close(stats[m], want[m])
+    close(stats['sample_fisher'], singly(model, grids(), sites=sites))
+    x = torch.cat([x.flatten(1, 2) for x,_ in grids()]).double()
+    W = model.attn.in_proj_weight.detach().double()
+    for k,w,t in zip('qkv', W.chunk(3), (x[:,:3] if cross else x, x, x)):
+        assert stats['cov'][f'attn.{k}']==pytest.approx((t.flatten(0, 1)@w.T).var(0).sum().item(), rel=1e-5)
+    check_called(model, grids()[0][0], sites)
+
+def test_rows_of_heads():
+    model = timm.models.tiny_vit.Attention(8, 3, num_heads=2, attn_ratio=2, resolution=(2,2))
+    net = nn.Sequential(nn.ModuleDict(dict(attn=model)))
+    net.forward = lambda x: model(x).mean(1)
+    sites = find_sites(net)
+    assert [(s.heads,s.step,s.start,s.d_out) for s in sites]==[(2,12,0,6),(2,12,3,6),(2,12,6,12)]
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(3, 4, 8, generator=g), torch.randint(8, (3,), generator=g)) for _ in range(2)]
+    stats,whole = site_stats(net, batches, sites, sample_fisher=True),{}
+    singles = [(x[i:i+1], y[i:i+1]) for x,y in batches for i in range(len(y))]
+    close(stats['sample_fisher'], site_stats(net, singles, sites)['fisher'])
+    model.qkv.register_forward_hook(lambda m,i,o: whole.setdefault('o', []).append(o.detach().reshape(-1, 24).double()))
+    with torch.no_grad(): [net.eval()(x) for x,_ in batches]
+    var = torch.cat(whole['o']).var(0)
+    close(stats['cov'], {s.name:var[s.rows].sum().item() for s in sites}, rtol=1e-5)
+
+def test_an_adapted_read_weight_scores_as_its_base():
+    want,model = site_stats(Reads(), grids(), sample_fisher=True),adapt(Reads(), {'q':2})
+    for m,v in site_stats(model, grids(), sample_fisher=True).items(): close(v, want[m], rtol=1e-5)
+
+# --- text
+
+def tiny(name, **kw):
+    T = pytest.importorskip('transformers')
+    base = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    torch.manual_seed(0)
+    cls = getattr(T, name)
+    return cls(cls.config_class(**base, **kw)).eval()
+
+def text(widths=(5,8,12), pad_to=None, side='right', label=None):
+    "One sentence a batch, as it is or padded"
+    g = torch.Generator().manual_seed(3)
+    for n in widths:
+        ids = torch.randint(3, 50, (1,n), generator=g)
+        pad = ((0,(pad_to or n)-n) if side=='right' else ((pad_to or n)-n,0))
+        mask = F.pad(torch.ones_like(ids), pad)
+        ids = F.pad(ids, pad)
+        targets = (mask.cumsum(1)>1)&(mask==1)   # nothing stands before the first token to predict it from, not even padding
+        yield dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~targets, -100) if label is None else torch.tensor([label]))
+
+lms = dict(llama=('LlamaForCausalLM', dict(num_key_value_heads=2, bos_token_id=1, eos_token_id=2), None), classifier=('LlamaForSequenceClassification', dict(num_labels=3, bos_token_id=1, eos_token_id=2), 1),
+           bert=('BertForSequenceClassification', dict(num_labels=3), 1))
+
+@pytest.mark.parametrize('name,side', [('llama','right'),('llama','left'),('classifier','right'),('classifier','left'),('bert','right')])
+def test_padding_changes_no_score(name, side):
+    cls,kw,label = lms[name]
+    model = tiny(cls, **kw)
+    tight,loose = (site_stats(model, text(pad_to=n, side=side, label=label)) for n in (None,17))
+    for m in tight: close(loose[m], tight[m], rtol=2e-3 if side=='left' else 1e-4)   # left padding moves the rotary angles, which rounds
+    unmasked = [{k:v for k,v in b.items() if k!='attention_mask'} for b in text(pad_to=17, side=side, label=label)]
+    if name=='llama' and side=='right':
+        cov = site_stats(model, unmasked)['cov']
+        assert all(abs(cov[n]/tight['cov'][n]-1)>.01 for n in cov)   # it would, without the mask
+
+def test_several_padded_sentences_in_a_batch():
+    model,one = tiny('LlamaForCausalLM', num_key_value_heads=2, bos_token_id=1, eos_token_id=2),list(text(pad_to=12))
+    batch = {k:torch.cat([b[k] for b in one]) for k in one[0]}
+    close(site_stats(model, [batch])['cov'], site_stats(model, text())['cov'])
+
+def test_sample_fisher_of_token_losses_is_refused_and_of_sentences_right():
+    with raises('sample_fisher needs one label a sample'): site_stats(tiny('LlamaForCausalLM', bos_token_id=1, eos_token_id=2), text(), sample_fisher=True)
+    model = tiny('LlamaForSequenceClassification', num_labels=3, bos_token_id=1, eos_token_id=2)
+    one = list(text(pad_to=12, label=1))
+    batch = {k:torch.cat([b[k] for b in one]) for k in one[0]}
+    close(site_stats(model, [batch], sample_fisher=True)['sample_fisher'], site_stats(model, one)['fisher'])
+
+def test_text_batches_without_labels_and_heads():
+    model = tiny('LlamaForCausalLM', bos_token_id=1, eos_token_id=2)
+    with raises('returned no loss: its batches need `labels`'): site_stats(model, [{k:v for k,v in b.items() if k!='labels'} for b in text()])
+    with raises('LlamaForCausalLM has no head to warm up'): warmup_head(model, list(text()), 1)
+    head = tiny('LlamaForSequenceClassification', num_labels=3, bos_token_id=1, eos_token_id=2)
+    assert head_names(head)==['score']
+    before = head.score.weight.detach().clone()
+    assert not torch.equal(warmup_head(head, list(text(label=1)), 2).score.weight, before)
 
 # --- what must not matter
 
@@ -260,10 +401,14 @@ def test_no_batches_because_none_are_wanted(model, batches):
     with raises('no batch to score'): site_stats(model, batches, n_batches=0)
 
 class Unused(Grid):
-    def forward(self, x): return self.head(F.linear(x, self.q.weight).mean((1,2)))
+    def forward(self, x): return self.head((x@self.q.weight.T).mean((1,2)))
+class Aside(Grid):
+    def forward(self, x): return self.head(x.mean((1,2)))
 
 def test_a_layer_that_is_never_called(model):
-    with raises('q was never called.*`include`'): site_stats(Unused(), grids())
+    for m in (Unused(),Aside()):
+        with raises('q was never called, nor its weight given to F.linear.*`include`'): site_stats(m, grids())
+        with raises('q was never called'): check_called(m, grids()[0][0], find_sites(m))
 
 def test_a_loss_cut_off_from_the_model(model, batches):
     with raises('does not depend on any site'): site_stats(model, batches, loss_func=lambda o,y: F.cross_entropy(o.detach(), y))
