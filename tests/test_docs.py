@@ -98,7 +98,7 @@ def test_landing_page_shows_a_plan_the_measured_table_and_the_version(pages):
     assert 'fclora finetune' in page.select_one('pre').get_text()
 
 def test_texts_of_the_root_are_pages(site, pages):
-    for name,path in {'changelog':'CHANGELOG.md','contributing':'CONTRIBUTING.md','citation':'CITATION.cff'}.items():
+    for name,path in {'changelog':'CHANGELOG.md','contributing':'CONTRIBUTING.md','weights':'fclora/weights/README.md','citation':'CITATION.cff'}.items():
         words = lambda s: re.findall('[A-Za-z]{2,}', s)
         shown = words(pages[f'site/{name}.html'].select_one('article').get_text())
         assert not set(words((root/path).read_text(encoding='utf-8')))-set(shown)
@@ -125,6 +125,7 @@ def base(site):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site)))
+    server.handle_error = lambda *args: None # a browser that turns to another page hangs up
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()

@@ -77,7 +77,8 @@ def plan_picture():
     alt = dict(image=dict(alt='Heat map of a Plan, block by kind of projection: '+ax.get_title()))
     return mk_cell('plan.plot()', outputs=[png], metadata=dict(tags=['remove-input'], mystnb=alt))
 
-contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]_*','site/commands','glossary*'], 'Results':['results/*'], 'Project':['site/changelog','site/contributing','site/citation']}
+texts = {'CHANGELOG.md':'changelog', 'CONTRIBUTING.md':'contributing', 'fclora/weights/README.md':'weights', 'CITATION.cff':'citation'}
+contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]_*','site/commands','glossary*'], 'Results':['results/*'], 'Project':[f'site/{o}' for o in texts.values()]}
 
 def landing(nb):
     "The picture after the introduction, tables without the code that read them, and the table of contents"
@@ -91,7 +92,8 @@ def as_page(app, docname, source):
     "Turn the source of a notebook into what the page shows"
     if docname=='site/commands': source[0] += commands_md()
     if app.env.doc2path(docname).suffix!='.ipynb': return
-    proc = NBProcessor(nb=dict2nb(json.loads(source[0])), procs=[rm_header_dash, hide_, hide_line, clean_magics, Reference])
+    text = re.sub(r'\]\((?:\.\./)+([\w/.]+)\)', lambda m: f'](/site/{texts[m[1]]}.md)' if m[1] in texts else m[0], source[0])
+    proc = NBProcessor(nb=dict2nb(json.loads(text)), procs=[rm_header_dash, hide_, hide_line, clean_magics, Reference])
     if docname=='index': landing(proc.nb)
     proc.process()
     proc.nb.metadata['source_map'] = list(range(len(proc.nb.cells))) # else line 10,000 for each cell, which rst then counts up to
