@@ -1,5 +1,6 @@
 import os, subprocess, sys, warnings
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # waiting threads give up the core, which matters where cores are few
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # one core a worker, for the commands that tests start too
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
