@@ -8,6 +8,7 @@ Modules:
 
 - `fclora.allocators`: Pour a fixed budget of ranks over the sites, and write the result down as a Plan
 - `fclora.artifacts`: What a run leaves on disk, and how to get it back
+- `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
 - `fclora.bank`: Several runs on one base, each image of a batch served by the run that it names
 - `fclora.calibration`: One temperature so that confidence means accuracy, and honest numbers about how well it does
 - `fclora.cli`: The `fclora` command, each part of which is also a Python function

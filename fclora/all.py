@@ -2,6 +2,7 @@ from .lora import *
 from .scorers import *
 from .allocators import *
 from .data import *
+from .backbones import *
 from .learner import *
 from .calibration import *
 from .report import *

@@ -301,7 +301,7 @@ def _plain_bins(t): return {k:[None if math.isnan(o) else o for o in v.tolist()]
 # %% ../nbs/05_calibration.ipynb #fac2514c
 def _draw_bins(ax, t, title):
     "One reliability diagram of the table `t`, with its bin counts beneath"
-    t = {k:np.array(v, float) for k,v in t.items()}
+    t = {k:np.array(v.tolist() if isinstance(v, Tensor) else v, float) for k,v in t.items()}
     x,w = (t['lo']+t['hi'])/2,t['hi']-t['lo']
     ax.bar(x, t['acc'], w, color='C0', edgecolor='white', label='accuracy')
     ax.bar(x, t['conf']-t['acc'], w, bottom=t['acc'], color='none', edgecolor='C1', hatch='///', label='gap to confidence')

@@ -25,6 +25,7 @@ from .scorers import *
 from .allocators import *
 from .data import *
 from .data import find_splits
+from .backbones import *
 from .learner import *
 from .calibration import *
 from .report import *

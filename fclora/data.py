@@ -19,6 +19,7 @@ warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', ca
 # %% ../nbs/03_data.ipynb #c567c99e
 import random, os, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -38,6 +39,7 @@ from fastcore.xdg import xdg_cache_home
 from fasttransform import Pipeline, Transform
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, CategoryMap, Normalize, get_files
+from fastai.learner import replacing_yield
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 import fastai.vision.data
 
@@ -163,13 +165,17 @@ def cifar_images(
     return split_images(name, train.classes, x, train.targets+test.targets, rows, valid_pct, seed=seed, limit=limit)
 
 # %% ../nbs/03_data.ipynb #43cdaf79
-def reason(e:Exception)->str:
+def reason(
+    e:Exception # From reading a file or an archive
+)->str:
     "Why it failed, without the path"
     if isinstance(e, UnidentifiedImageError): return 'not an image that Pillow knows'
     return ' '.join(str(getattr(e, 'strerror', None) or getattr(e, 'reason', None) or e).split()) or type(e).__name__
 
 # %% ../nbs/03_data.ipynb #e68d585b
-def as_rgb(img:Image.Image)->Image.Image:
+def as_rgb(
+    img:Image.Image # Of any mode
+)->Image.Image:
     "`img` of any mode as upright 8-bit RGB; transparency becomes white"
     img = ImageOps.exif_transpose(img)
     if img.mode[0]=='I': img = Image.fromarray((np.asarray(img).clip(0, 65535)/257).round().astype(np.uint8))
@@ -179,7 +185,9 @@ def as_rgb(img:Image.Image)->Image.Image:
     return img.convert('RGB')
 
 # %% ../nbs/03_data.ipynb #cfb93070
-def read_image(path)->Image.Image:
+def read_image(
+    path # Image file, or a picture that is already open
+)->Image.Image:
     "RGB image of a file, or of an image that is open already; a truncated one raises"
     if isinstance(path, Image.Image): return as_rgb(path)
     with Image.open(path) as img: return as_rgb(img)
@@ -196,7 +204,9 @@ def fit(
     return resize_image(to_square(x), [size,size], InterpolationMode(interpolation))
 
 # %% ../nbs/03_data.ipynb #b4214ff5
-def to_square(x:Tensor)->Tensor:
+def to_square(
+    x:Tensor # (..., h, w)
+)->Tensor: # (..., s, s)
     "Centre (..., s, s) of `x` (..., h, w), with s the shorter side"
     return center_crop(x, [min(x.shape[-2:])]*2)
 
@@ -218,7 +228,9 @@ def image_suffixes(
     return {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}
 
 # %% ../nbs/03_data.ipynb #9e234d58
-def class_files(path:Path)->dict:
+def class_files(
+    path:Path # Folder of class folders
+)->dict:
     "`{class: sorted image files}` of the class folders in `path`, at any depth below them"
     dirs = sorted(o for o in path.iterdir() if o.is_dir() and o.name[0]!='.')
     return {o.name: sorted(get_files(o, extensions=image_suffixes())) for o in dirs}
@@ -236,7 +248,9 @@ def pick_classes(
     return res
 
 # %% ../nbs/03_data.ipynb #df386d4b
-def find_splits(path:Path)->dict:
+def find_splits(
+    path:Path # Folder with train/, or of class folders
+)->dict:
     "`{split: {class: files}}` of either layout, with 'train', and 'valid' and 'test' where they exist"
     has = lambda n: (path/n).is_dir() and any(o.is_dir() for o in (path/n).iterdir())
     names = dict(train='train', valid=first(('val','valid'), has), test='test')
@@ -381,29 +395,54 @@ class ImageSet:
         self.vocab,self.c,self.in_memory = CategoryMap(vocab, sort=False),len(vocab),isinstance(x, Tensor)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
-    def pixels(self, i):
+    def pixels(self,
+        i # Row number
+    ):
+        "uint8 (3, size, size) of a file"
         x,why = decode(self.x[i], self.size, self.interpolation)
         if why: raise OSError(f'cannot read {self.x[i]}: {why}')
         return fit(x, self.size, self.interpolation)
-    def batch(self, idxs):
+    def batch(self,
+        idxs # Row numbers
+    ):
         "uint8 images and targets of the rows `idxs`"
         xb = self.x[idxs] if self.in_memory else torch.stack([self.pixels(i) for i in idxs])
         return (TensorImage(xb),) + (() if self.y is None else (TensorCategory(self.y[idxs]),))
-    def decode(self, o, full=True): return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
-    def subset(self, idxs):
+    def decode(self,
+        o, # (image, target)
+        full=True # Asked by fastai, not used
+    ):
+        "Image and class name, for fastai to show"
+        return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
+    def subset(self,
+        idxs # Row numbers
+    ):
         "The rows `idxs` as a set of their own"
         x = self.x[idxs] if self.in_memory else [self.x[i] for i in idxs]
         y = None if self.y is None else self.y[idxs]
         return type(self)(x, y, self.vocab.items, self.size, self.interpolation, self.split_idx)
-    def new_empty(self): return self.subset([])
+    def new_empty(self):
+        "The same set without images, which is what fastai exports"
+        return self.subset([])
     @property
     def items(self): return L((self,i) for i in range(len(self)))
+    @contextmanager
+    def set_split_idx(self,
+        i # 0: batches are augmented. 1: they are not
+    ):
+        "A block in which these images are treated as those of another split, as `Learner.tta` asks"
+        return replacing_yield(self, 'split_idx', i)
 
 # %% ../nbs/03_data.ipynb #71941ff6
 class ImageDL(TfmdDL):
     "fastai loader that takes whole batches from an `ImageSet`, shuffled by its own seed"
     @delegates(TfmdDL.__init__)
-    def __init__(self, dataset, seed=0, num_workers=0, **kwargs):
+    def __init__(self,
+        dataset, # `ImageSet`
+        seed=0, # Of the order
+        num_workers=0, # Processes that decode files; not used for pixels in memory
+        **kwargs
+    ):
         state = random.getstate()
         super().__init__(dataset, num_workers=0 if dataset.in_memory else num_workers, **kwargs)
         random.setstate(state)
@@ -411,7 +450,9 @@ class ImageDL(TfmdDL):
         self.fake_l.generator = torch.Generator().manual_seed(seed)
     def create_batches(self, samps):
         for o in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(o)
-    def as_set(self, o):
+    def as_set(self,
+        o # `ImageSet`, rows of its `items`, or image files
+    ):
         "`o` as an `ImageSet`: one already, `items` of one, or files without targets"
         if isinstance(o, ImageSet): return o
         if isinstance(o[0], tuple): return o[0][0].subset([i for _,i in o])
@@ -425,7 +466,9 @@ class ImageDL(TfmdDL):
 class RandomHFlip(Transform):
     "Mirror half of the images of a training batch"
     split_idx,order = 0,5
-    def __init__(self, seed=0): self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self,
+        seed=0 # Of the choice
+    ): self.generator = torch.Generator().manual_seed(seed)
     def encodes(self, x:TensorImage):
         mask = torch.rand(len(x), generator=self.generator).to(x.device)<.5
         return torch.where(mask[:,None,None,None], x.flip(-1), x)
@@ -434,7 +477,10 @@ class RandomHFlip(Transform):
 class ToInput(Transform):
     "uint8 batch to floats in 0..1 at the model's input size"
     order = 10
-    def __init__(self, size, interpolation='bicubic'): self.size,self.interpolation = size,interpolation
+    def __init__(self,
+        size, # Side in pixels
+        interpolation='bicubic' # Or bilinear, nearest
+    ): self.size,self.interpolation = size,interpolation
     def encodes(self, x:TensorImage): return fit(x.as_subclass(Tensor), self.size, self.interpolation).float().div_(255)
 
 # %% ../nbs/03_data.ipynb #f2a6aa45

@@ -93,7 +93,10 @@ def metadata(
                 fclora=__version__, **{k:json.dumps(v, ensure_ascii=False) for k,v in vals.items()})
 
 # %% ../nbs/11_deploy.ipynb #67739376
-def random_pixels(n:int, size:int)->torch.Tensor: # uint8 (n, 3, size, size)
+def random_pixels(
+    n:int, # Images
+    size:int # Their side
+)->torch.Tensor: # uint8 (n, 3, size, size)
     "The same noise every time, as pictures"
     return torch.randint(256, (n,3,size,size), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
 

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file,save as to_safetensors
 from .lora import *
+from .lora import _all_sites
 from .allocators import *
 from .report import *
 from .artifacts import *
@@ -68,6 +69,8 @@ def to_peft(
     "The settings with which PEFT builds the adapters of `plan`"
     if model is not None: plan.check(model)
     layers,fused = {},{s.path for s in plan.sites if s.name!=s.path}
+    if read := [s.path for s in plan.sites if s.param and plan.ranks.get(s.name, 0)]:
+        raise ValueError(f'{read[0]} is a weight that the model reads without calling its layer: PEFT would train an adapter there that is never used')
     for s in plan.sites:
         if r := plan.ranks.get(s.name, 0): layers.setdefault(s.path, []).append((r, lora_scaling(r, lora_alpha, rslora)))
     if f := sorted(fused & set(layers)):
@@ -112,6 +115,8 @@ def save_peft(
     if not isinstance(model, nn.Module): model = load_model(model, checkpoint)[0]
     folder,layers = Path(folder),lora_layers(model)
     if not layers: raise ValueError(f'{type(model).__name__} has no adapters to save')
+    if other := [p for p,m in layers.items() if not isinstance(m, LoRALinear)]:
+        raise ValueError(f'{other[0]} is not a linear layer that the model calls, and PEFT keeps the update of such a weight in another form: merge the adapters instead')
     cfg,sd = _config_of(model, layers, base_model_name_or_path=base or _base_name(model), **kwargs),{}
     for p,m in layers.items(): sd[f'{p}.lora_A.weight'],sd[f'{p}.lora_B.weight'] = _stacked(m, max(m.scaling.values()))
     for h in cfg.modules_to_save or []: sd.update({f'{h}.{k}':v for k,v in model.get_submodule(h).state_dict().items()})
@@ -204,7 +209,7 @@ def load_peft(
     "Bring a PEFT LoRA adapter into `model`"
     if lora_layers(model): raise ValueError(f'{type(model).__name__} is adapted already; call unload(model) first')
     cfg,sd = _read_peft(fetch(folder, ('adapter_config.json','adapter_model.safetensors')))
-    pm,sites = _in_peft(model, cfg, sd, folder),find_sites(model, kinds)
+    pm,sites = _in_peft(model, cfg, sd, folder),_all_sites(model)
     saved = {n:m for n,m in pm.base_model.model.named_modules() if hasattr(m, 'modules_to_save')}
     other = set(saved)-set(head_names(model))
     if other: raise ValueError(f'{folder} has trained {min(other)} in full; beside adapters only a classifier can be loaded')

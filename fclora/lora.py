@@ -197,7 +197,11 @@ def site_weight(
     "The parameter that `site` lives in, without an adapter's update"
     return model.get_submodule(site.path)._parameters[site.param or 'weight']
 
-def check_names(names, sites, model):
+def check_names(
+    names, # Site names
+    sites, # Every `Site` of `model`
+    model # For the message
+):
     "Raise unless every name is that of a site of `model`"
     known,mods = {s.name for s in sites},dict(model.named_modules())
     for n in names:
@@ -218,8 +222,12 @@ def lora_scaling(
 # %% ../nbs/00_lora.ipynb #72264924
 class LoRA:
     "What adapters share: a pair of factors for each site of a layer"
-    def add_factors(self, ranks, lora_alpha, rslora):
-        "Register the factors; `ranks` is {site: rank} with the sites of this layer"
+    def add_factors(self,
+        ranks, # {site: rank}, sites of this layer with a rank of at least 1
+        lora_alpha, # Numerator of the scaling
+        rslora # Scale by `lora_alpha/sqrt(r)`?
+    ):
+        "Register the factors"
         self.sites = {s.kind:s for s in ranks}
         self.scaling = {s.kind:lora_scaling(r, lora_alpha, rslora) for s,r in ranks.items()}
         kw = dict(device=self.raw.device, dtype=torch.promote_types(self.raw.dtype, torch.float32))
@@ -242,7 +250,9 @@ class LoRA:
     def raw(self): return self._parameters[next(iter(self.sites.values())).param or 'weight']
     @property
     def merged(self): return self.base_weight is not None
-    def extra_repr(self): return super().extra_repr() + f', ranks={ {k:len(self.lora_A[k]) for k in self.sites} }, merged={self.merged}'
+    def extra_repr(self):
+        "The ranks, when the layer is printed"
+        return super().extra_repr() + f', ranks={ {k:len(self.lora_A[k]) for k in self.sites} }, merged={self.merged}'
 
 # %% ../nbs/00_lora.ipynb #50dade00
 class LoRALinear(LoRA, nn.Linear):
@@ -321,11 +331,18 @@ def adapt(
     return model
 
 # %% ../nbs/00_lora.ipynb #96ce2576
-def swap_module(model, old, new):
+def swap_module(
+    model, # Changed in place
+    old, # A module of it
+    new # What comes in its place
+):
     "Put `new` wherever `model` holds `old`, under every name that it has"
     for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]: model.set_submodule(n, new)
 
-def check_rank(site, r):
+def check_rank(
+    site, # `Site`
+    r # Rank asked for
+):
     "Raise unless `r` is a rank that `site` can have"
     hi = min(site.d_in, site.d_out)
     if not isinstance(r, int) or isinstance(r, bool) or not 0<=r<=hi:

@@ -16,6 +16,7 @@ from pathlib import Path
 from .lora import *
 from .allocators import *
 from .data import *
+from .backbones import *
 from .learner import *
 from .artifacts import *
 import timm
@@ -143,8 +144,9 @@ def pretrain(
                recipe=dict(minutes=minutes, batch_size=bs, lr=lr, wd=wd, smoothing=smoothing, cutmix=cutmix, mixup=mixup, patch_drop=patch_drop, flip=flip, ema=ema, seed=seed),
                device=torch.cuda.get_device_name(dev) if dev.type=='cuda' else 'CPU', threads=torch.get_num_threads(), versions=versions(('torch','timm')), curve=[])
     start,seen,step,due = time.perf_counter(),0,0,.1
+    clock = lambda: min((time.perf_counter()-start)/(60*minutes), 1)
     order = torch.randperm(len(x), device=dev)
-    while (t := (time.perf_counter()-start)/(60*minutes))<1:
+    while (t := clock())<1:
         for g in opt.param_groups: g['lr'] = lr*cosine_warmup(t)
         model.train()
         model.patch_drop.prob = round(16*patch_drop*max(0, 1-(t/.85)**4))/16
@@ -154,10 +156,10 @@ def pretrain(
         loss = train_step(model, xb, tb, opt)
         step,seen = step+1,seen+len(rows)
         avg.update(model, step=step)
-        if t>=due or time.perf_counter()-start>=60*minutes:
+        if (t := clock())>=min(due, 1):
             due += .1
             acc = top_k_accuracy(avg.module, xv, yv, norm, ks=(1,5) if len(names)>5 else (1,))
-            rec['curve'].append(dict(progress=min(t, 1), epochs=seen/len(x), loss=loss.item(), top1=acc[1], **({"top5":acc[5]} if len(names)>5 else {})))
+            rec['curve'].append(dict(progress=t, epochs=seen/len(x), loss=loss.item(), top1=acc[1], **({"top5":acc[5]} if len(names)>5 else {})))
             save_weights(avg.module, out, rec)
             if not quiet: print(f"{t:4.0%}  {seen/len(x):6.1f} epochs  loss {loss.item():.3f}  top-1 {acc[1]:.2%}", flush=True)
     return rec

@@ -15,7 +15,7 @@ from fclora.cli import main
 from fclora.huggingface import *
 from fclora.learner import create_backbone, single_head
 from fclora.lora import *
-from fclora.lora import kinds
+from fclora.lora import kinds as all_kinds
 from fclora.report import Run
 from fclora.scorers import site_stats
 
@@ -43,6 +43,8 @@ def logits(model, name):
     x = torch.randint(1, 40, (2,5), generator=g) if name in ('llama','score') else torch.randn(2, 3, *[32 if name.startswith('timm') else 16]*2, generator=g)
     with torch.no_grad(): out = model.eval()(x)
     return out if isinstance(out, torch.Tensor) else out.logits
+
+kinds = tuple(k for k in all_kinds if k!='conv')
 
 def some_plan(model, kinds=kinds, every=4):
     ss = [s for s in find_sites(model, kinds)]
@@ -136,6 +138,17 @@ def test_peft_computes_what_we_compute_and_the_adapter_comes_back(name, rslora, 
     assert list(want)==list(got)
     for k in want: assert_close(got[k], want[k], atol=1e-6, rtol=1e-5)
     same_models(back, ours, name)
+
+def test_a_weight_that_is_read_is_not_planned_for_peft():
+    m = timm.create_model('beit_base_patch16_224', img_size=32, embed_dim=16, depth=1, num_heads=2)
+    plan = make_plan('beit', find_sites(m), method='uniform', budget=3)
+    with raises('without calling its layer'): plan.to_peft(m)
+
+def test_a_convolution_is_not_handed_to_peft(tmp_path):
+    m = make('timm')
+    conv = next(s.name for s in find_sites(m, ('conv',)))
+    with raises('patch_embed.proj is not a linear layer'): save_peft(adapt(m, {conv:2}), tmp_path/'out')
+    assert not (tmp_path/'out').exists()
 
 def test_adapters_that_never_trained_keep_their_ranks(tmp_path):
     ours = adapt(make('timm'), some_plan(make('timm')).ranks)
