@@ -491,7 +491,10 @@ def main(
     debug,_,_ = kw.pop('debug'),kw.pop('pdb', None),kw.pop('xtra', None)
     with warnings.catch_warnings():
         warnings.showwarning = lambda msg,*a,**k: print(f'fclora: warning: {msg}', file=sys.stderr)
-        try: res = command(argv[0])(*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
+        try:
+            res = command(argv[0])(*([kw.pop('run'), *kw.pop('images')] if argv[0]=='predict' else []), **kw)
+            sys.stdout.flush()
+        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141 # the reader, such as `head`, had enough
         except KeyboardInterrupt: print('fclora: interrupted' + '; finished epochs are kept in the run folder'*(argv[0] in ('finetune','compare')), file=sys.stderr); return 130
         except Exception as e:
             if debug: traceback.print_exc()

@@ -41,6 +41,13 @@ def test_predict_tables_and_a_bad_file(run, tmp_path, capsys):
     assert main(['predict', str(out), str(tmp_path/'0.png')])==0
     assert 'probability' in capsys.readouterr().out
 
+def test_a_reader_that_stops_is_no_error(run, tmp_path):
+    Image.new('RGB', (32,32)).save(tmp_path/'0.png')
+    exe = Path(sys.executable).parent/'fclora'
+    p = subprocess.Popen([exe, 'predict', run[0], tmp_path/'0.png'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.close()
+    assert (p.wait(), p.stderr.read())==(141, '')
+
 def test_merge_needs_no_fclora(run, tmp_path):
     out,_ = run
     assert main(['merge', str(out), str(tmp_path/'plain'), '--calibrated'])==0
