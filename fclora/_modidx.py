@@ -114,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fclora.cli.KeepEpochs.__init__': ('cli.html#keepepochs.__init__', 'fclora/cli.py'),
                             'fclora.cli.KeepEpochs.after_epoch': ('cli.html#keepepochs.after_epoch', 'fclora/cli.py'),
                             'fclora.cli.KeepEpochs.before_epoch': ('cli.html#keepepochs.before_epoch', 'fclora/cli.py'),
+                            'fclora.cli._check_rows': ('cli.html#_check_rows', 'fclora/cli.py'),
                             'fclora.cli._command': ('cli.html#_command', 'fclora/cli.py'),
                             'fclora.cli._epoch_line': ('cli.html#_epoch_line', 'fclora/cli.py'),
                             'fclora.cli._fit': ('cli.html#_fit', 'fclora/cli.py'),

@@ -27,6 +27,7 @@ from .data import *
 from .data import find_splits
 from .backbones import *
 from .learner import *
+from .learner import _check_budget
 from .calibration import *
 from .report import *
 from .artifacts import *
@@ -279,6 +280,17 @@ def parse_rows(
     return rows
 
 # %% ../nbs/08_cli.ipynb #354c0d8c
+def _check_rows(data, rows, kw):
+    "Fail on what no row can be run with, before the first one is"
+    for m,opts in rows.values():
+        k = {n:p.default for n,p in signature(plan_model).parameters.items()} | dict(model=None) | kw | opts
+        _recipe_for(data, m, kw | opts); parse_weights(k['weights'])
+        if m not in methods: continue
+        name = k['model'] or default_model(data)
+        check_arch(name)
+        with torch.device('meta'): net = timm.create_model(name, num_classes=2)
+        _check_budget(find_sites(net, tuple(k['kinds'].split(',')), k['include']), k['budget'], k['unit'], k['lo'], k['hi'])
+
 def _settings(out, resume, **kw):
     "Write down what all runs in `out` share; on resuming raise when it is not the same"
     file = out/'settings.json'
@@ -327,6 +339,7 @@ def compare(
     if not all(s.strip().isdigit() for s in ss): raise ValueError(f'--seeds must be whole numbers separated by commas, such as 0,1,2, got {seeds!r}')
     try: grid = [float(o) for o in lrs.split(',')] if lrs else []
     except ValueError: raise ValueError(f'--lrs must be numbers separated by commas, such as 1e-3,5e-3, got {lrs!r}') from None
+    _check_rows(data, rows, kwargs)
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-compare', force)
     _settings(out, resume, data=str(data), lrs=lrs, **kwargs)
     tuning,runs = _tune(data, rows, grid, int(ss[0]), out, resume, force, kwargs) if grid else {},[]

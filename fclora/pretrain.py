@@ -67,6 +67,7 @@ def read_classes(
     progress:bool=True # Show a bar?
 )->tuple: # (uint8 (n, 3, size, size), int64 (n,), names)
     "All images of `path` at one size, in memory"
+    if not Path(path).is_dir(): raise FileNotFoundError(f'no folder {path}: pretraining needs train/ and val/ of class folders')
     found = class_files(Path(path))
     names = pick_classes(list(found), classes)
     files = [f for c in names for f in found[c]]

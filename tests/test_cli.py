@@ -121,8 +121,11 @@ def test_compare_tunes_each_row_on_validation_images(folder, tmp_path, capsys):
     assert d['runs'][2]['config']['recipe']['head_lr'] in (0, .01) and len(list(out.glob('*/metrics.json')))==6
     assert shlex.split(d['command'])[:3]==['fclora','compare',str(folder)] and '--lrs 0,1e-2' in d['command']
     capsys.readouterr()
-    for rows,word in (('fclora; best', "unknown method 'best'"), ('fclora seed=3', 'no option'), ('fclora colour=red', "no option 'colour'")):
-        assert main(['compare', str(folder), '--methods', rows])==1 and word in capsys.readouterr().err
+    shutil.rmtree(out)
+    for rows,word in (('uniform; fclora budget=9999', 'give a budget in 18..288'), ('uniform; fclora weights=luck=1', "no metric 'luck'"), ('uniform; head smoothing=2', 'below 1'),
+                      ('fclora; best', "unknown method 'best'"), ('fclora seed=3', 'no option'), ('fclora colour=red', "no option 'colour'")):
+        assert main(['compare', str(folder), '--model', 'vit_pico', '--methods', rows, '--out', str(out)])==1 and word in capsys.readouterr().err
+    assert not out.exists()
 
 def test_part_of_a_data_set_and_its_evaluation(tmp_path, capsys):
     data = make_images(tmp_path/'data', classes=('ant','bee','cat','dog'), n=12)

@@ -62,6 +62,7 @@ def test_bad_folders_are_refused(data, tmp_path, capsys):
         assert word in capsys.readouterr().err
     (other/'train'/'bee'/'0.png').unlink()
     assert main(['pretrain', str(other), str(tmp_path/'w.safetensors'), '--quiet'])==1 and 'different classes' in capsys.readouterr().err
+    assert main(['pretrain', str(tmp_path/'nowhere'), str(tmp_path/'w.safetensors')])==1 and 'needs train/ and val/' in capsys.readouterr().err
     assert not (tmp_path/'w.safetensors').exists()
 
 def test_the_larger_backbone_is_deit_ti_on_64_patches():
