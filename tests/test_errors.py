@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from conftest import QUICK, make_images
-from fclora import artifacts, cli, learner
+from fclora import artifacts, backbones, cli
 from fclora.cli import main
 
 def fails(capsys, *args, status=1):
@@ -46,15 +46,15 @@ def test_unknown_model_and_weights(capsys):
     assert 'no checkpoint' in fails(capsys, *tune('digits', '--checkpoint', 'no.pth'))
 
 def test_no_network(capsys, monkeypatch, folder):
-    monkeypatch.setattr(learner, '_offline', lambda: True)
-    monkeypatch.setattr(learner, 'try_to_load_from_cache', lambda *a: None)
+    monkeypatch.setattr(backbones, '_offline', lambda: True)
+    monkeypatch.setattr(backbones, 'try_to_load_from_cache', lambda *a: None)
     msg = fails(capsys, *tune(folder, model=None))
     assert '--model vit_pico' in msg and '--checkpoint' in msg
 
 def test_download_that_fails_half_way(capsys, monkeypatch, folder):
-    monkeypatch.setattr(learner, '_offline', lambda: False)
+    monkeypatch.setattr(backbones, '_offline', lambda: False)
     def broken(*a, **k): raise OSError('connection reset')
-    monkeypatch.setattr(learner.timm, 'create_model', broken)
+    monkeypatch.setattr(backbones.timm, 'create_model', broken)
     assert 'connection reset' in fails(capsys, *tune(folder, model='deit_tiny_patch16_224'))
 
 def test_checkpoint_that_is_no_state_dict(capsys, tmp_path, folder):
