@@ -76,7 +76,7 @@ def read_classes(
     px = [o if o.shape[-1]==size else fit(o, size) for o in px]
     return torch.stack(px),torch.tensor([i for i,c in enumerate(names) for _ in found[c]]),names
 
-# %% ../nbs/09_pretrain.ipynb #254265a5
+# %% ../nbs/09_pretrain.ipynb #81786cca
 def train_step(
     model:nn.Module, # In training mode
     xb:torch.Tensor, # (b, 3, s, s) normalised
@@ -92,6 +92,7 @@ def train_step(
     opt.step()
     return loss.detach()
 
+# %% ../nbs/09_pretrain.ipynb #cb8598d7
 def top_k_accuracy(
     model:nn.Module, # Put into evaluation mode
     x:torch.Tensor, # uint8 (n, 3, s, s)
@@ -106,7 +107,7 @@ def top_k_accuracy(
         for i in range(0, len(x), bs): hit = hit + (model(norm(x[i:i+bs])).topk(max(ks)).indices==y[i:i+bs,None]).cumsum(1).sum(0)
     return {k:hit[k-1].item()/len(x) for k in ks}
 
-# %% ../nbs/09_pretrain.ipynb #e4bc5fbb
+# %% ../nbs/09_pretrain.ipynb #1ca6c20b
 def save_weights(
     model:nn.Module, # Its weights go to `out` in half precision
     out, # safetensors file
@@ -116,6 +117,7 @@ def save_weights(
     with atomic_path(out) as tmp: save_file({k:v.half().cpu().contiguous() for k,v in model.state_dict().items()}, tmp)
     write_json(Path(out).with_suffix('.json'), dict(rec, sha256=sha256(out)))
 
+# %% ../nbs/09_pretrain.ipynb #8990c135
 def _splits(data, size, classes, dev, quiet):
     "Training and validation images on the device, and the class names"
     (x,y,names),(xv,yv,vnames) = [read_classes(Path(data)/k, size, classes, not quiet) for k in ('train','val')]
