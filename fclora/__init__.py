@@ -14,6 +14,7 @@ Modules:
 - `fclora.cli`: The `fclora` command, each part of which is also a Python function
 - `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders
 - `fclora.deploy`: A run as an ONNX file, in 32 bits or 8, as a `torch.export` program, and as a page to try it on
+- `fclora.forecast`: What a step will cost, in arithmetic and memory, before it is run
 - `fclora.huggingface`: Plans and adapters to PEFT and back, and runs to the Hub and back
 - `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
 - `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there

@@ -3,6 +3,7 @@ from .scorers import *
 from .allocators import *
 from .data import *
 from .backbones import *
+from .forecast import *
 from .learner import *
 from .calibration import *
 from .report import *

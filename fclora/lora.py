@@ -17,9 +17,11 @@ import dis,inspect,math,re
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
 from functools import cache
+from itertools import accumulate
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 
 # %% ../nbs/00_lora.ipynb #a41a94c8
@@ -246,6 +248,18 @@ class LoRA:
             c += Bk.shape[2]
         return A,B
 
+    def pack(self, dtype):
+        "As `factors`, but `(s*B)^T` (R, d_out) and outside of autograd, in few kernels"
+        A = torch.cat([self.lora_A[k] for k in self.sites]).to(dtype)
+        Bt = A.new_zeros(len(A), len(self.raw))
+        for at,k,s in self.places(): Bt[at,s.rows] = (self.lora_B[k]*self.scaling[k]).to(dtype).T
+        return A,Bt
+
+    def places(self):
+        "Rows of the stacked factors that belong to each site, its kind and the site"
+        ends = accumulate(len(self.lora_A[k]) for k in self.sites)
+        return [(slice(end-len(self.lora_A[k]), end),k,s) for end,(k,s) in zip(ends, self.sites.items())]
+
     @property
     def raw(self): return self._parameters[next(iter(self.sites.values())).param or 'weight']
     @property
@@ -254,7 +268,37 @@ class LoRA:
         "The ranks, when the layer is printed"
         return super().extra_repr() + f', ranks={ {k:len(self.lora_A[k]) for k in self.sites} }, merged={self.merged}'
 
-# %% ../nbs/00_lora.ipynb #50dade00
+# %% ../nbs/00_lora.ipynb #4b77914d
+def _exact(dtype): return dtype==torch.float64 or dtype==torch.float32 and torch.get_float32_matmul_precision()=='highest'
+
+class _LowRank(torch.autograd.Function):
+    "`x (W + sBA)^T + bias` for a frozen `W`"
+    @staticmethod
+    def forward(ctx, x, W, bias, layer, *factors):
+        x2,(A,Bt),u = x.reshape(-1, x.shape[-1]),layer.pack(x.dtype),None
+        if len(x2)>W.shape[1] and _exact(x.dtype): y = F.linear(x2, torch.addmm(W, Bt.T, A), bias)
+        else: y = F.linear(x2, W, bias).addmm_((u := A@x2.T).T, Bt)
+        ctx.save_for_backward(x2, W, A, Bt, u)
+        ctx.layer,ctx.shape = layer,x.shape
+        return y.view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,W,A,Bt,u),need = ctx.saved_tensors,ctx.needs_input_grad
+        g,places = g.reshape(-1, len(W)),ctx.layer.places()
+        t = Bt@g.T # (R, tokens), as u is: a tall and narrow result would take twice as long
+        gx = (g@W.to(g.dtype)).addmm_(t.T, A).view(ctx.shape) if need[0] else None
+        if not any(need[4:]): return gx,*[None]*(len(need)-1)
+        gA,gB = t@x,(A@x.T if u is None else u)@g
+        ps = ctx.layer.lora_A,ctx.layer.lora_B
+        return gx,None,None,None,*[gA[at].to(ps[0][k].dtype) for at,k,_ in places],*[(gB[at,s.rows].T*ctx.layer.scaling[k]).to(ps[1][k].dtype) for at,k,s in places]
+
+def _autocast(x):
+    d = x.device.type
+    return x.to(torch.get_autocast_dtype(d)) if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d) else x
+
+# %% ../nbs/00_lora.ipynb #35cb03a6
 class LoRALinear(LoRA, nn.Linear):
     "A linear layer with a low-rank update for each of its sites; `weight` and `bias` are those of `base`, not copies"
     def __init__(self,
@@ -269,11 +313,16 @@ class LoRALinear(LoRA, nn.Linear):
         self.add_factors(ranks, lora_alpha, rslora)
         self.dropout = nn.Dropout(dropout)
 
+    def fusable(self):
+        "Can one function do it all? Not where the weight trains, inputs are dropped, or a compiler or `torch.func` looks inside"
+        return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad or self.training and self.dropout.p
+                    or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
     def forward(self, x):
-        y = super().forward(x)
-        if self.merged: return y
+        if self.merged: return super().forward(x)
+        if self.fusable(): return _LowRank.apply(_autocast(x), self.weight, self.bias, self, *(f[k] for f in (self.lora_A,self.lora_B) for k in self.sites))
         A,B = self.factors()
-        return y + F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
+        return super().forward(x) + F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
 
 # %% ../nbs/00_lora.ipynb #3276de69
 class LoRAWeight(LoRA):
