@@ -315,8 +315,8 @@ class LoRALinear(LoRA, nn.Linear):
 
     def fusable(self):
         "Can one function do it all? Not where the weight trains, inputs are dropped, or a compiler or `torch.func` looks inside"
-        return not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad or self.training and self.dropout.p
-                    or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        trains = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.weight,self.bias))
+        return not (trains or self.training and self.dropout.p or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
     def forward(self, x):
         if self.merged: return super().forward(x)

@@ -125,6 +125,135 @@ def test_adapt_hands_on_dropout_and_the_mode_of_the_layer(model):
     assert [m.dropout.p for m in lora_layers(model).values()]==[.3]*6
     assert [m.dropout.training for m in lora_layers(model).values()]==[True,False]+[True]*4
 
+# --- one autograd function against the formula
+
+def frozen_pair(d_in, d_out, ranks, seed, heads=1, bias=True, dtype=torch.float32):
+    "The same adapted layer twice, its weight frozen; the second one never takes the fast path"
+    torch.manual_seed(seed)
+    base = nn.Linear(d_in, 3*d_out*heads, bias=bias, dtype=dtype).requires_grad_(False)
+    at = lambda i: dict(start=i*d_out, heads=heads, step=3*d_out if heads>1 else 0)
+    sites = {Site(k, '', k, 0, d_in, d_out*heads, **at(i)):r for i,(k,r) in enumerate(zip('qkv', ranks)) if r}
+    fast = LoRALinear(base, sites)
+    for B in fast.lora_B.values(): nn.init.normal_(B, std=.3)
+    slow = deepcopy(fast)
+    slow.fusable = lambda: False
+    return fast,slow
+
+def pulled(lora, x, autocast=False):
+    "Output, and gradients of the input and all factors"
+    x,up = x.detach().clone().requires_grad_(),torch.Generator().manual_seed(5)
+    lora.zero_grad()
+    with torch.autocast('cpu', torch.bfloat16, autocast): y = lora(x)
+    y.backward(torch.randn(y.shape, generator=up).to(y.dtype))
+    return [y.detach(), x.grad, *[p.grad for p in lora.parameters() if p.requires_grad]]
+
+def agree(fast, slow, tol):
+    assert len(fast)==len(slow)>3
+    for a,b in zip(fast, slow):
+        assert a.dtype==b.dtype and b.abs().max()>0
+        assert_close(a/b.abs().max(), b/b.abs().max(), rtol=0, atol=tol)
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(0, 6)]*3).filter(any), st.booleans(), st.integers(0, 9999), st.sampled_from([(4,),(1,3),(2,5),(6,9),(3,4,5)]),
+       st.integers(6, 20), st.integers(6, 20), st.sampled_from([1,1,3]), st.sampled_from([torch.float32,torch.float64]))
+def test_fast_path_equals_the_formula(ranks, bias, seed, shape, d_in, d_out, heads, dtype):
+    fast,slow = frozen_pair(d_in, d_out, ranks, seed, heads, bias, dtype)
+    assert fast.fusable()
+    x = torch.randn(*shape, d_in, dtype=dtype)
+    agree(pulled(fast, x), pulled(slow, x), 1e-5 if dtype==torch.float32 else 1e-13)
+    with torch.no_grad(): assert_close(fast(x), slow(x), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('n', [3,100])
+def test_fast_path_under_autocast_within_the_rounding_of_16_bits(n):
+    fast,slow = frozen_pair(32, 16, (1,0,5), 0)
+    x = torch.randn(n, 32)
+    got,want,exact = pulled(fast, x, True),pulled(slow, x, True),pulled(slow, x)
+    assert got[0].dtype==torch.bfloat16 and {g.dtype for g in got[1:]}=={torch.float32}
+    agree(got, want, .03)
+    for g,w,e in zip(got, want, exact): assert (g-e).norm()<=1.5*(w-e).norm()+.002*e.norm()   # no worse than the formula itself
+
+def test_16_bits_do_not_swallow_a_small_update():
+    fast,_ = frozen_pair(64, 64, (4,0,0), 0)
+    signs = torch.tensor([1.,-1.]).repeat(32)
+    with torch.no_grad():
+        fast.weight.fill_(1.); fast.bias.zero_()
+        fast.lora_A.q.copy_(1e-3*signs.expand(4, -1)); fast.lora_B.q.fill_(1e-2)
+        fast.to(torch.bfloat16)
+        x = signs.expand(200, -1).to(torch.bfloat16)          # its sum is zero, so what comes out is the update
+        assert ((fast.weight+fast.delta()).to(torch.bfloat16)==1).all()
+        got = fast(x)[:,:64].float()
+        assert_close(got, (x.float()@fast.delta().float().T)[:,:64], rtol=.02, atol=0)
+    assert (got>0).all()
+
+def test_the_same_layer_called_twice(model):
+    for m in (fast := [*frozen_pair(12, 4, (3,1,2), 3)]): m.train()
+    x = torch.randn(7, 12)
+    agree(*[pulled(lambda_twice(m), x) for m in fast], 1e-5)
+
+def lambda_twice(m):
+    "`m` applied to its own output"
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.m = m
+        def forward(self, x): return self.m(self.m(x))
+    return Twice()
+
+def test_fast_path_keeps_the_input_and_no_copy_of_a_weight():
+    fast,_ = frozen_pair(32, 32, (2,2,2), 0)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t): fast(torch.randn(500, 32, requires_grad=True))
+    own = {p.data_ptr() for p in fast.parameters()}
+    assert sum(t.numel() for p,t in kept.items() if p not in own)<=500*32 + 6*(32+96)   # x, and the stacked factors
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    fast,_ = frozen_pair(12, 4, (3,0,2), 0)
+    for p in fast.lora_B.parameters(): p.requires_grad_(False)
+    fast(torch.randn(5, 12)).sum().backward()
+    assert all(p.grad is not None for p in fast.lora_A.values()) and all(p.grad is None for p in fast.lora_B.values())
+    fast.requires_grad_(False)
+    x = torch.randn(5, 12, requires_grad=True)
+    fast(x).sum().backward()
+    assert_close(x.grad, (fast.weight+fast.delta()).sum(0).expand(5, -1), rtol=1e-4, atol=1e-5)
+
+def test_changing_the_weight_between_forward_and_backward_is_an_error():
+    fast,_ = frozen_pair(12, 4, (3,0,2), 0)
+    y = fast(torch.randn(5, 12, requires_grad=True)).sum()
+    merge(nn.Sequential(fast))
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.backward()
+
+def test_other_tools_still_see_plain_torch():
+    fast,slow = frozen_pair(12, 4, (3,0,2), 0)
+    x = torch.randn(5, 12)
+    params = {n:p.detach() for n,p in fast.named_parameters()}
+    loss = lambda ps,x: torch.func.functional_call(fast, ps, (x,)).square().sum()
+    each = torch.func.vmap(torch.func.grad(loss), (None,0))(params, x)        # per-sample gradients
+    slow(x).square().sum().backward()
+    assert_close(each['lora_B.q'].sum(0), slow.lora_B.q.grad, rtol=1e-4, atol=1e-5)
+    y = torch.utils.checkpoint.checkpoint(fast, x, use_reentrant=False)
+    y.square().sum().backward()
+    assert_close(fast.lora_B.q.grad, slow.lora_B.q.grad, rtol=1e-4, atol=1e-5)
+    ep = torch.export.export(fast.eval(), (x,))
+    assert_close(ep.module()(x), fast(x), rtol=1e-5, atol=1e-5)
+
+def test_dropout_and_training_weights_take_the_formula():
+    _,lora = qkv_layer(12, 4, (1,1,1), True, 0, dropout=.5)
+    assert not lora.fusable()                                 # the weight trains
+    lora.weight.requires_grad_(False); lora.bias.requires_grad_(False)
+    assert not lora.train().fusable() and lora.eval().fusable()
+    lora.bias.requires_grad_(True)
+    assert not lora.fusable()
+    with torch.no_grad(): assert lora.fusable()
+
+def test_compiled_model_has_no_graph_break_and_the_same_gradients(adapted):
+    freeze(adapted)
+    x,y = images(),torch.tensor([0,1,2])
+    def grads(f):
+        adapted.zero_grad()
+        F.cross_entropy(f(x), y).backward()
+        return {n:p.grad.clone() for n,p in adapted.named_parameters() if p.grad is not None}
+    want,got = grads(adapted),grads(torch.compile(adapted, fullgraph=True, backend='aot_eager'))
+    assert want.keys()==got.keys()
+    for n in want: assert_close(got[n], want[n], rtol=1e-3, atol=1e-6)
+
 # --- merging
 
 def test_merged_equals_unmerged_and_unmerging_is_exact(adapted):
