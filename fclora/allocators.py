@@ -260,6 +260,12 @@ def _grid(plan):
         g[i] = np.nansum([g[i], plan.ranks.get(s.name, 0)])
     return ks,bs,g
 
+def _forecast_line(plan):
+    "The forecast, unless the ranks were edited since"
+    f,used = plan.settings.get('forecast'),[s.block for s in plan.sites if plan.ranks.get(s.name, 0)]
+    if not f or (f['adapter_params'],f['lowest_block'])!=(plan.adapter_params,min(used, default=None)): return []
+    return [f"a step: {f['step']:.0%} of the arithmetic of full fine-tuning, {f['kept']:.0%} of its activations ({f['kept_mib']:,.0f} MiB at batch size {f['batch_size']})"]
+
 @patch
 def __str__(self:Plan):
     "The ranks as a small map of shaded cells, one column a block"
@@ -268,7 +274,7 @@ def __str__(self:Plan):
     cell = lambda r: '     ' if np.isnan(r) else f' {shade[math.ceil(4*r/top)]*2}{int(r):2d}'
     head = f'{self.method}: {self.total_rank} ranks, {self.adapter_params:,} parameters over {len(self.sites)} sites of {self.model}'
     if self.spent!=self.budget: head += f' (budget: {self.budget:,} {self.unit})'
-    return '\n'.join([head, 'block' + ''.join(f'{b:5d}' for b in bs)] + [f'{k:<5}' + ''.join(map(cell, row)) for k,row in zip(ks, g)])
+    return '\n'.join([head, 'block' + ''.join(f'{b:5d}' for b in bs)] + [f'{k:<5}' + ''.join(map(cell, row)) for k,row in zip(ks, g)] + _forecast_line(self))
 
 # %% ../nbs/02_allocators.ipynb #f857b2d6
 @patch

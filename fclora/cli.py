@@ -177,7 +177,7 @@ def _what(base, net, images, method, plan_args, rcp):
     n,heads = count_params(net),' and '.join(head_names(net))
     if method in ('head','full'): how = f"the {heads} alone ({n['head']:,} parameters)" if method=='head' else f"all {n['total']:,} parameters"
     else:
-        sites = find_sites(net, tuple(plan_args['kinds'].split(',')), plan_args['include'])
+        sites = find_sites(net, tuple(plan_args['kinds'].split(',')), plan_args['include'], plan_args['from_block'])
         costs,unit,budget = {s.cost for s in sites},plan_args['unit'],plan_args['budget']
         spent = f'{budget:,} parameters' if unit=='params' else f'{budget} ranks' + (f' ({budget*costs.pop():,} parameters)' if len(costs)==1 else '')
         how = f"{spent} of adapters over {len(sites)} sites ({plan_args['kinds']}) and the {heads} ({n['head']:,} parameters)"
@@ -228,6 +228,8 @@ def finetune(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     method:str='fclora', # fclora, uniform, random, naive, head (linear probe) or full (fine-tuning)
     plan:str=None, # Plan file to use instead of scoring
+    checkpointing:bool=False, # Recompute every block in the backward pass instead of keeping its activations: less memory, more time
+    compile:bool=False, # Compile the model (`torch.compile`): a minute or more at the start, faster steps on a GPU
     probe:bool=True, # A linear probe of the frozen backbone, reported beside the result
     out:str=None, # Run folder; runs/DATA-METHOD-N by default
     force:bool=False, # Replace a run that is in --out already
@@ -244,7 +246,7 @@ def finetune(
     with timed(sec, 'load'): dls,net,base,info,images = prepare(data, seed=seed, quiet=quiet, bs=rcp['batch_size'], head_std=rcp['head_std'], **_pick(prepare, kwargs, ['head_std']))
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
     run,net = Run({}, {}, None, given and given.check(net), net, images=images.test[0]),net.to(dls.device)
-    plan_args = dict(kinds='q,k,v', include=None, unit='ranks', budget=100) | _pick(plan_model, kwargs, ['model'])
+    plan_args = dict(kinds='q,k,v', include=None, from_block=0, unit='ranks', budget=100) | _pick(plan_model, kwargs, ['model'])
     if given: plan_args.update(budget=given.spent, unit=given.unit, include=[s.name for s in given.sites])
     say(_what(base, net, images, method, plan_args, rcp))
     with _memory_advice(rcp['batch_size']):
@@ -253,7 +255,7 @@ def finetune(
         clear_run(out)
         if run.plan: run.plan.save(out/'plan.json'); say(run.plan)
         with timed(sec, 'probe'): probed = linear_probe(net, dls, '' if quiet else 'linear probe') if probe and method!='head' else None
-        learn = fclora_learner(dls, net, method=method, plan=run.plan, rcp=rcp, seed=seed)
+        learn = fclora_learner(dls, net, method=method, plan=run.plan, rcp=rcp, seed=seed, checkpointing=checkpointing, compile=compile)
         save = partial(_save, run, learn, out, base, method, info, seed)
         with timed(sec, 'train'): _fit(learn, save, quiet)
     T,valid,test,run.logits,run.targs = _measure(net, dls, quiet, sec)
@@ -289,7 +291,7 @@ def _check_rows(data, rows, kw):
         name = k['model'] or default_model(data)
         check_arch(name)
         with torch.device('meta'): net = timm.create_model(name, num_classes=2)
-        _check_budget(find_sites(net, tuple(k['kinds'].split(',')), k['include']), k['budget'], k['unit'], k['lo'], k['hi'])
+        _check_budget(find_sites(net, tuple(k['kinds'].split(',')), k['include'], k['from_block']), k['budget'], k['unit'], k['lo'], k['hi'])
 
 def _settings(out, resume, **kw):
     "Write down what all runs in `out` share; on resuming raise when it is not the same"

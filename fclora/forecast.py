@@ -41,11 +41,12 @@ def forecast(
     plan:Plan, # Ranks
     shape:tuple, # Of one input, such as (3, 224, 224)
     batch_size:int=32 # Samples a step
-)->dict: # params trained, lowest adapted block, step and kept (shares of full fine-tuning), kept_mib and state_mib
+)->dict: # params trained, adapter_params among them, lowest_block adapted, batch_size, step and kept (shares of full fine-tuning), kept_mib and state_mib
     "What training `plan` will cost, and which share that is of full fine-tuning"
+    shape = tuple(shape)
     model = deepcopy(model).to('meta')
     full,ours = (step_cost(m, shape) for m in (model.requires_grad_(True), freeze(adapt(deepcopy(model), plan.ranks))))
     trained = plan.adapter_params+count_params(model)['head']
     used = [s.block for s in plan.sites if plan.ranks.get(s.name, 0)]
-    return dict(params=trained, lowest_block=min(used, default=None), step=ours['flops']/full['flops'], kept=ours['kept_bytes']/full['kept_bytes'],
+    return dict(params=trained, adapter_params=plan.adapter_params, lowest_block=min(used, default=None), batch_size=batch_size, step=ours['flops']/full['flops'], kept=ours['kept_bytes']/full['kept_bytes'],
                 kept_mib=ours['kept_bytes']*batch_size/2**20, state_mib=trained*3*4/2**20)

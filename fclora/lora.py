@@ -176,7 +176,8 @@ def _all_sites(model): return _scan(model)[0]
 def find_sites(
     model:nn.Module, # Any model
     kinds:tuple=('q','k','v'), # Which kinds, of q, k, v, proj, fc1, fc2, gate, conv
-    include=None # Regular expression that names must match, or the list of names wanted (then `kinds` is not used)
+    include=None, # Regular expression that names must match, or the list of names wanted (then `kinds` and `from_block` are not used)
+    from_block:int=0 # First block: what lies below needs no backward pass, if nothing there is adapted
 )->list: # Sites, in the order of the model's modules
     "Sites of `model` that can be adapted"
     found,barred = _scan(model)
@@ -185,8 +186,9 @@ def find_sites(
         return [s for s in found if s.name in set(include)]
     for n,why in barred.items():
         if set(_kinds_at(n, model.get_submodule(n)))&set(kinds) and (not include or re.search(include, n)): raise ValueError(f'{n} {why}; or leave it out with `include`')
-    res = [s for s in found if s.kind in kinds and (not include or re.search(include, s.name))]
-    if res: return res
+    some = [s for s in found if s.kind in kinds and (not include or re.search(include, s.name))]
+    if res := [s for s in some if s.block>=from_block]: return res
+    if some: raise ValueError(f'the blocks with such sites end at {max(s.block for s in some)}, so none is left from block {from_block} on')
     has = sorted({s.kind for s in found}, key=lambda k: (k=='conv', k))
     raise ValueError(f"{type(model).__name__} has no {', '.join(kinds)} site{f' matching {include!r}' if include else ''}; "
                      + (f"it has {', '.join(has)}" if has else "it has no projection or MLP layer that we know"))

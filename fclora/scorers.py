@@ -163,7 +163,8 @@ def site_stats(
     loss_func=F.cross_entropy, # Mean loss of a batch, called as `loss_func(model(x), y)`
     n_batches:int=100, # At most this many batches are used
     sample_fisher:bool=False, # Measure the per-sample Fisher too?
-    progress:bool=False # Show a progress bar?
+    progress:bool=False, # Show a progress bar?
+    settled=None # Called with the metrics so far and the number of batches, after 8, 16, 32, ... of them; scoring ends when it says so
 )->dict: # {metric: {site name: value}} with metrics fisher, grad, cov and, if asked for, sample_fisher
     "Measure `sites` over `batches`: mean squared gradient, mean |gradient|, trace of the output covariance"
     sites = sites or find_sites(model)
@@ -188,6 +189,7 @@ def site_stats(
             if sample_fisher:
                 b = _samples(batch)
                 fish,n = fish+_sample_fisher(model, sites, calls, {p:[next(got) for _ in c] for p,c in calls.items()}, b),n+b
+            if settled and nb>=8 and nb&(nb-1)==0 and settled(_as_metrics(sites, tot, cov, fish, nb, n), nb): break
     return _as_metrics(sites, tot, cov, fish, nb, n)
 
 # %% ../nbs/01_scorers.ipynb #523ff876
