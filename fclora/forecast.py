@@ -18,12 +18,17 @@ from .lora import *
 from .allocators import *
 
 # %% ../nbs/04_forecast.ipynb #46a5bfea
+def _on_meta(model):
+    "A copy of `model` without data"
+    memo = {id(b):b.to('meta') for b in model.buffers()} | {id(p):nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, memo)
+
 def step_cost(
     model:nn.Module, # Adapted and frozen as it is to be trained; left as it is
     shape:tuple # Of one input without the batch, such as (3, 224, 224)
 )->dict: # A sample's forward_flops, flops (forward and backward) and kept_bytes
     "Floating point operations of one training step, and the bytes that it keeps for its backward pass, a sample"
-    model,n,kept = deepcopy(model).to('meta').train(),2,{}
+    model,n,kept = _on_meta(model).train(),2,{}
     own = {t.untyped_storage()._cdata for t in (*model.parameters(),*model.buffers())}
     def keep(t):
         s = t.untyped_storage()
@@ -44,7 +49,7 @@ def forecast(
 )->dict: # params trained, adapter_params among them, lowest_block adapted, batch_size, step and kept (shares of full fine-tuning), kept_mib and state_mib
     "What training `plan` will cost, and which share that is of full fine-tuning"
     shape = tuple(shape)
-    model = deepcopy(model).to('meta')
+    model = _on_meta(model)
     full,ours = (step_cost(m, shape) for m in (model.requires_grad_(True), freeze(adapt(deepcopy(model), plan.ranks))))
     trained = plan.adapter_params+count_params(model)['head']
     used = [s.block for s in plan.sites if plan.ranks.get(s.name, 0)]

@@ -112,3 +112,57 @@ def test_linear_probe_is_a_probe(dls):
     before = deepcopy(model.state_dict())
     assert linear_probe(model, dls)>=1/3
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+
+# --- scoring that stops by itself
+
+class Counted:
+    "Measurements whose ranking settles after a number of calls"
+    def __init__(self, moves): self.moves,self.calls = moves,0
+    def __call__(self, stats):
+        self.calls += 1
+        i = min(self.calls-1, len(self.moves)-1)
+        return make_plan('m', sites := find_sites(create_backbone('vit_pico', 3)), {m:{s.name:1.+((j+self.moves[i])%5) for j,s in enumerate(sites)} for m in paper_weights}, budget=72)
+
+def test_settled_when_two_allocations_in_a_row_agree():
+    check = Settled(Counted([0,1,2,2]), .02)
+    assert [check({}, 8*2**i) for i in range(4)]==[False,False,False,True] and check.batches==64
+
+def test_scoring_ends_early_only_when_asked_to(dls):
+    model = create_backbone('vit_pico', 3)
+    used = lambda **kw: plan_model(model, dls, budget=72, score_bs=2, **kw).settings['score_batches']
+    n = len(score_dl(dls, bs=2))
+    assert n>16 and used(settle=0)==n
+    assert used(settle=.9)==16                     # the first two allocations are never further apart
+    assert used(settle=.9, score_batches=12)==12   # too few to compare
+
+@pytest.mark.parametrize('settle', [-.1,1,float('nan')])
+def test_a_tolerance_outside_its_range_is_refused(dls, settle):
+    with pytest.raises(ValueError, match='settle must be at least 0'): plan_model(create_backbone('vit_pico', 3), dls, settle=settle)
+
+# --- fewer blocks, less memory, compiled
+
+def test_from_block_leaves_lower_blocks_alone(dls):
+    model = create_backbone('vit_pico', 3)
+    plan = plan_model(model, dls, budget=72, score_batches=2, from_block=3)
+    assert {s.block for s in plan.sites}=={3,4,5} and plan.total_rank==72 and plan.settings['forecast']['lowest_block']==3
+    with pytest.raises(ValueError, match='end at 5, so none is left from block 6 on'): plan_model(model, dls, budget=72, from_block=6)
+
+def one_epoch(images, **kw):
+    dls = get_dls(images, **image_config(create_backbone('vit_pico', 3)), bs=8, device='cpu')   # the same order each time
+    learn = fclora_learner(dls, 'vit_pico', method='uniform', budget=36, rcp=recipe('uniform', 'vit_pico', epochs=1), **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    return adapter_state(learn.model)
+
+@pytest.mark.parametrize('how', ['checkpointing','compile'])
+def test_training_goes_the_same_way_when_recomputed_or_compiled(images, how, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: real(self, backend='eager')) # the default one takes minutes
+    plain,other = one_epoch(images),one_epoch(images, **{how:True})
+    assert plain.keys()==other.keys()
+    for n in plain: assert_close(other[n], plain[n], rtol=1e-3, atol=1e-4)
+
+def test_a_model_that_cannot_recompute_is_refused_before_scoring(dls):
+    class Plain(torch.nn.Module):
+        def __init__(self): super().__init__(); self.attn,self.head = torch.nn.Linear(3*32*32, 8),torch.nn.Linear(8, 3)
+        def forward(self, x): raise AssertionError('not to be run')
+    with pytest.raises(ValueError, match='Plain cannot compute its blocks again'): fclora_learner(dls, Plain(), checkpointing=True)
