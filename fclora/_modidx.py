@@ -411,6 +411,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fclora.scorers._record': ('scorers.html#_record', 'fclora/scorers.py'),
                                 'fclora.scorers._sample_fisher': ('scorers.html#_sample_fisher', 'fclora/scorers.py'),
                                 'fclora.scorers._samples': ('scorers.html#_samples', 'fclora/scorers.py'),
+                                'fclora.scorers._sensitivity': ('scorers.html#_sensitivity', 'fclora/scorers.py'),
                                 'fclora.scorers.batch_loss': ('scorers.html#batch_loss', 'fclora/scorers.py'),
                                 'fclora.scorers.check_called': ('scorers.html#check_called', 'fclora/scorers.py'),
                                 'fclora.scorers.composite': ('scorers.html#composite', 'fclora/scorers.py'),

@@ -99,7 +99,7 @@ def plan_model(
     hi:int=16, # Upper bound of a rank
     kinds:str='q,k,v', # Kinds of sites, of q, k, v, proj, fc1, fc2, gate, conv
     include:str=None, # Regular expression that their names must match (from Python also a list of names)
-    weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov and sample_fisher
+    weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov, sample_fisher and gora
     normaliser:str='minmax', # minmax, rank or log
     from_block:int=0, # First block to adapt; the backward pass below it is saved
     score_batches:int=100, # Batches to score on, at most one pass over the images
@@ -119,7 +119,7 @@ def plan_model(
     allocate = lambda stats: make_plan(name or type(model).__name__, sites, stats, method, budget, unit, lo, hi, weights, normaliser, seed, settings)
     if method in scored_methods:
         settled = Settled(allocate, settle)
-        stats = site_stats(model, dl, sites, n_batches=score_batches, sample_fisher='sample_fisher' in weights, progress=progress, settled=settle and settled)
+        stats = site_stats(model, dl, sites, n_batches=score_batches, sample_fisher='sample_fisher' in weights, gora='gora' in weights, progress=progress, settled=settle and settled)
         settings.update(score_batches=settled.batches or min(score_batches, len(dl)), score_bs=score_bs or dls.bs, head_warmup=head_warmup, settle=settle)
     plan = allocate(stats)
     try: plan.settings['forecast'] = forecast(model, plan, dls.valid.one_batch()[0].shape[1:], dls.bs)
@@ -146,7 +146,7 @@ def parse_weights(
     "Weights of the metrics from text"
     try: res = {k.strip():float(v) for k,_,v in (o.partition('=') for o in text.split(','))}
     except ValueError: raise ValueError(f'weights must look like fisher=.6,grad=.2,cov=.2, got {text!r}') from None
-    known = {*paper_weights,'sample_fisher'}
+    known = {*paper_weights,'sample_fisher','gora'}
     if wrong := set(res)-known: raise ValueError(f"no metric {wrong.pop()!r}; there are {', '.join(sorted(known))}")
     return res
 

@@ -163,14 +163,16 @@ def site_stats(
     loss_func=F.cross_entropy, # Mean loss of a batch, called as `loss_func(model(x), y)`
     n_batches:int=100, # At most this many batches are used
     sample_fisher:bool=False, # Measure the per-sample Fisher too?
+    gora:bool=False, # Measure GoRA's sensitivity too? It keeps the sum of the gradients, as large as the layers of `sites`
     progress:bool=False, # Show a progress bar?
     settled=None # Called with the metrics so far and the number of batches, after 8, 16, 32, ... of them; scoring ends when it says so
-)->dict: # {metric: {site name: value}} with metrics fisher, grad, cov and, if asked for, sample_fisher
+)->dict: # {metric: {site name: value}} with metrics fisher, grad, cov and, if asked for, sample_fisher and gora
     "Measure `sites` over `batches`: mean squared gradient, mean |gradient|, trace of the output covariance"
     sites = sites or find_sites(model)
     layers,weights = ({s.path:f(model, s) for s in sites} for f in (lambda m,s: m.get_submodule(s.path), site_weight))
-    cov,tot,fish,n,nb = {},0.,0.,0,0
+    cov,tot,fish,sums,n,nb = {},0.,0.,{},0,0
     total = min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
+    metrics = lambda: _as_metrics(sites, tot, cov, fish, nb, n, {s.name:_sensitivity(weights[s.path][s.rows], sums[s.path][s.rows], nb) for s in sites if sums})
     with preserved(model), torch.enable_grad():
         model.requires_grad_(False)
         for w in weights.values(): w.requires_grad_(True)
@@ -180,7 +182,9 @@ def site_stats(
             _check_called(calls)
             outs = [o for c in calls.values() for _,o,_ in c] if sample_fisher else []
             got = iter(_grads(loss, [*weights.values(), *outs]))
-            stats = _grad_stats(sites, {p:next(got) for p in layers})
+            grads = {p:next(got) for p in layers}
+            stats = _grad_stats(sites, grads)
+            if gora: sums = {p:g+sums.get(p, 0.) for p,g in grads.items()}
             _check_finite(stats[0], sites, 'the squared gradient', nb)
             tot = tot+stats
             mask = batch.get('attention_mask') if isinstance(batch, Mapping) else None
@@ -189,8 +193,8 @@ def site_stats(
             if sample_fisher:
                 b = _samples(batch)
                 fish,n = fish+_sample_fisher(model, sites, calls, {p:[next(got) for _ in c] for p,c in calls.items()}, b),n+b
-            if settled and nb>=8 and nb&(nb-1)==0 and settled(_as_metrics(sites, tot, cov, fish, nb, n), nb): break
-    return _as_metrics(sites, tot, cov, fish, nb, n)
+            if settled and nb>=8 and nb&(nb-1)==0 and settled(metrics(), nb): break
+    return metrics()
 
 # %% ../nbs/01_scorers.ipynb #523ff876
 def _check_called(calls):
@@ -203,7 +207,9 @@ def _grads(loss, ts):
     if not loss.requires_grad: raise ValueError('the loss does not depend on any site: is the model wrapped in torch.no_grad()?')
     return [torch.zeros_like(t) if g is None else g for t,g in zip(ts, torch.autograd.grad(loss, ts, allow_unused=True))]
 
-def _as_metrics(sites, tot, cov, fish, nb, n):
+def _sensitivity(w, grad_sum, nb): return (w.detach().float()*grad_sum.float()/nb).abs().mean().item()
+
+def _as_metrics(sites, tot, cov, fish, nb, n, gora):
     "The accumulated sums as means, {metric: {site name: value}}"
     if not nb: raise ValueError('no batch to score: the data are empty')
     if not tot.any(): raise ValueError('every gradient is zero: the head is probably all zeros, so nothing reaches the backbone; '
@@ -211,7 +217,7 @@ def _as_metrics(sites, tot, cov, fish, nb, n):
     spread = lambda s,first,rows: cov[s.path][first].var[rows].sum()
     res = dict(fisher=tot[0]/nb, grad=tot[1]/nb, cov=torch.stack([spread(s, *_part(s, cov[s.path])) for s in sites]))
     if n: res['sample_fisher'] = fish/n
-    return {m:{s.name:v for s,v in zip(sites, vs.tolist())} for m,vs in res.items()}
+    return {m:{s.name:v for s,v in zip(sites, vs.tolist())} for m,vs in res.items()} | (dict(gora=gora) if gora else {})
 
 # %% ../nbs/01_scorers.ipynb #52565da4
 def check_called(

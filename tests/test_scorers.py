@@ -64,6 +64,15 @@ def test_other_kinds_of_sites(model, batches):
     close(stats['fisher'], naive(model, batches, sites)['fisher'])
     close(stats['sample_fisher'], singly(model, batches, sites=sites))
 
+def test_gora_is_the_weight_times_the_mean_gradient(model, batches):
+    sites,stats = find_sites(model),site_stats(model, batches, gora=True)
+    for s in sites:
+        w = site_weight(model, s)
+        mean = sum(torch.autograd.grad(F.cross_entropy(model(x), y), w)[0] for x,y in batches)/len(batches)
+        assert stats['gora'][s.name]==pytest.approx((w*mean)[s.rows].abs().mean().item(), rel=1e-4)
+    plain = site_stats(model, batches)
+    assert 'gora' not in plain and all(plain[m]==stats[m] for m in plain)
+
 def test_batch_and_sample_fisher_differ_for_batches_and_agree_for_single_images(model, batches):
     stats = site_stats(model, batches, sample_fisher=True)
     assert all(stats['sample_fisher'][n]>stats['fisher'][n] for n in stats['fisher'])   # averaging gradients shrinks them
