@@ -18,9 +18,10 @@ from torch import nn,Tensor
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
 # %% ../nbs/05_calibration.ipynb #7dab0bc8
-def _checked(logits, targs=None, T=1., level=.95, **counts):
-    "`logits` and `targs` as plain float64 and int64 CPU tensors, or one clear error"
-    x = torch.as_tensor(logits).detach().cpu().as_subclass(Tensor).double()
+def _checked(logits, targs=None, T=1., level=.95, exact=True, **counts):
+    "`logits` and `targs` as plain float64 (float32 may stay if not `exact`) and int64 CPU tensors, or one clear error"
+    x = torch.as_tensor(logits).detach().cpu().as_subclass(Tensor)
+    if exact or x.dtype!=torch.float32: x = x.double()
     if x.ndim!=2 or len(x)<1 or x.shape[1]<2:
         raise ValueError(f'logits must be (n, c) with at least 1 sample and 2 classes, got {tuple(x.shape)}')
     n,c = x.shape
@@ -38,9 +39,9 @@ def confidence(
     T:float=1. # Temperature, above 0; 1 leaves the logits as they are
 )->tuple: # Confidence (n,) in (0, 1] and predicted class (n,)
     "Probability of the top class under softmax of `logits/T`, and that class"
-    x,_ = _checked(logits, T=T)
+    x,_ = _checked(logits, T=T, exact=False)
     top,pred = x.max(1)
-    return 1/(x-top[:,None]).div_(T).exp_().sum(1),pred
+    return (1/(x-top[:,None]).div_(T).exp_().sum(1)).double(),pred
 
 # %% ../nbs/05_calibration.ipynb #b387a072
 def _checked_targs(targs, n, c):
@@ -58,8 +59,8 @@ def accuracy(
     targs:Tensor # (n,) class numbers
 )->float: # In 0..1
     "Fraction of samples whose largest logit is at `targs`"
-    x,y = _checked(logits, targs)
-    return (x.argmax(1)==y).double().mean().item()
+    x,y = _checked(logits, targs, exact=False)
+    return (x.max(1)[1]==y).double().mean().item()
 
 # %% ../nbs/05_calibration.ipynb #c28db58c
 def class_accuracy(
@@ -68,10 +69,10 @@ def class_accuracy(
     n_classes:int=None # Length of the result, c by default
 )->Tensor: # (n_classes,), NaN for a class without samples
     "Accuracy among the samples of each class"
-    x,y = _checked(logits, targs)
+    x,y = _checked(logits, targs, exact=False)
     n = n_classes or x.shape[1]
     if n<=y.max(): raise ValueError(f'n_classes must be at least {y.max()+1}, the classes in targs, got {n}')
-    return torch.bincount(y[x.argmax(1)==y], minlength=n).double()/torch.bincount(y, minlength=n)
+    return torch.bincount(y[x.max(1)[1]==y], minlength=n).double()/torch.bincount(y, minlength=n)
 
 # %% ../nbs/05_calibration.ipynb #f70f22d3
 def nll(
@@ -165,7 +166,7 @@ def conf_bins(
 # %% ../nbs/05_calibration.ipynb #99966c3d
 def _judged(logits, targs, T, **counts):
     "Confidence of each sample's prediction, and 1 where it is right"
-    x,y = _checked(logits, targs, T, **counts)
+    x,y = _checked(logits, targs, T, exact=False, **counts)
     conf,pred = confidence(x, T)
     return conf,(pred==y).double()
 

@@ -151,7 +151,7 @@ def test_one_sample_and_one_missing_class():
 @given(seeds, st.floats(.05, 20))
 def test_order_of_samples_and_of_classes_does_not_matter(seed, T):
     z,y = sample(seed, 200, 6)
-    g = torch.Generator().manual_seed(seed)
+    z,g = z.double(),torch.Generator().manual_seed(seed)
     i,k = torch.randperm(200, generator=g),torch.randperm(6, generator=g)
     for zz,yy in ((z[i],y[i]), (z[:,k],k.argsort()[y])):
         for f in (nll,brier,ece,mce,adaptive_ece,classwise_ece): assert f(zz, yy, T)==pytest.approx(f(z, y, T), abs=1e-9)
@@ -164,7 +164,7 @@ def test_order_of_samples_and_of_classes_does_not_matter(seed, T):
 def test_a_shift_of_the_logits_does_nothing_and_T_keeps_the_predictions(seed, T, shift):
     z,y = sample(seed, 100)
     assert torch.equal(confidence(z, T)[1], z.argmax(1))
-    assert ece(z.double()+shift, y, T)==pytest.approx(ece(z, y, T), abs=1e-9)
+    assert ece(z.double()+shift, y, T)==pytest.approx(ece(z.double(), y, T), abs=1e-9)
 
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float64])
 def test_any_float_type_numpy_and_gradients_are_accepted(dtype):
@@ -211,8 +211,15 @@ def test_interval_contains_the_measured_value_and_narrows():
 
 # --- table, picture, wrapper
 
+def test_32_bits_give_the_confidence_of_64():
+    z,y = sample(8, n=5000, c=100)
+    assert confidence(z)[0].dtype==torch.float64
+    torch.testing.assert_close(confidence(z)[0], confidence(z.double())[0], rtol=1e-5, atol=0)
+    assert ece(z, y)==pytest.approx(ece(z.double(), y), abs=1e-6)
+
 def test_table_is_plain_json_and_agrees_with_the_functions():
     z,y = sample(9, sharp=2.)
+    z = z.double()
     t = calibration_table(z, y, 2., n_bins=10, n_boot=50)
     assert json.loads(json.dumps(t, allow_nan=False))==t
     for f in (ece,mce,adaptive_ece,classwise_ece): assert (t[f.__name__+'_raw'],t[f.__name__])==(f(z, y, 1., 10),f(z, y, 2., 10))
