@@ -10,6 +10,7 @@ Modules:
 - `fclora.artifacts`: What a run leaves on disk, and how to get it back
 - `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
 - `fclora.bank`: Several runs on one base, each image of a batch served by the run that it names
+- `fclora.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
 - `fclora.calibration`: One temperature so that confidence means accuracy, and honest numbers about how well it does
 - `fclora.cli`: The `fclora` command, each part of which is also a Python function
 - `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders

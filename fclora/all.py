@@ -13,3 +13,4 @@ from .pretrain import *
 from .huggingface import *
 from .deploy import *
 from .bank import *
+from .bench import *

@@ -465,7 +465,7 @@ def merge_cmd(
 # %% ../nbs/08_cli.ipynb #28306cb6
 commands = dict(finetune=finetune, compare=compare, score=score, evaluate=evaluate, predict=predict, merge=merge_cmd,
                 peft='huggingface.export_peft', push='huggingface.push_to_hub', export='deploy.export', demo='deploy.demo',
-                pretrain='pretrain.pretrain')
+                pretrain='pretrain.pretrain', bench='bench.bench')
 
 def command(
     name:str # Of `commands`
