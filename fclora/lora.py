@@ -250,7 +250,9 @@ class LoRA:
             c += Bk.shape[2]
         return A,B
 
-    def pack(self, dtype):
+    def pack(self,
+        dtype # Of the result
+    ):
         "As `factors`, but `(s*B)^T` (R, d_out) and outside of autograd, in few kernels"
         A = torch.cat([self.lora_A[k] for k in self.sites]).to(dtype)
         Bt = A.new_zeros(len(A), len(self.raw))
