@@ -50,8 +50,8 @@ class RunningVar:
     ):
         "Take in the rows of `x`"
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        var,mean = (o.double().cpu() for o in torch.var_mean(x-x[0], 0, correction=0)) # the first row taken off: a large mean loses no digits
-        n,b,mean = self.n,len(x),mean+x[0].double().cpu()
+        var,mean = (o.double() for o in torch.var_mean(x-x[0], 0, correction=0)) # the first row taken off: a large mean loses no digits
+        n,b,mean = self.n,len(x),mean+x[0].double()
         d = mean-self.mean
         self.mean,self.M2,self.n = self.mean + d*b/(n+b), self.M2 + var*b + d*d*n*b/(n+b), n+b
 
@@ -178,10 +178,10 @@ def site_stats(
         for w in weights.values(): w.requires_grad_(True)
         for nb,batch in enumerate(tqdm(islice(batches, n_batches), 'scoring', total, disable=None if progress else True, leave=False), 1):
             with _record(model, sites) as calls: loss = batch_loss(model, batch, loss_func)
-            if not loss.isfinite(): raise ValueError(f'the loss is {loss.item()} in scoring batch {nb}; check the weights and the images of that batch')
             _check_called(calls)
             outs = [o for c in calls.values() for _,o,_ in c] if sample_fisher else []
             got = iter(_grads(loss, [*weights.values(), *outs]))
+            if not loss.isfinite(): raise ValueError(f'the loss is {loss.item()} in scoring batch {nb}; check the weights and the images of that batch')
             grads = {p:next(got) for p in layers}
             stats = _grad_stats(sites, grads)
             if gora: sums = {p:g+sums.get(p, 0.) for p,g in grads.items()}
@@ -214,7 +214,7 @@ def _as_metrics(sites, tot, cov, fish, nb, n, gora):
     if not nb: raise ValueError('no batch to score: the data are empty')
     if not tot.any(): raise ValueError('every gradient is zero: the head is probably all zeros, so nothing reaches the backbone; '
                                        'initialise it, or train it first (`warmup_head`, --head-warmup)')
-    spread = lambda s,first,rows: cov[s.path][first].var[rows].sum()
+    spread = lambda s,first,rows: cov[s.path][first].var[rows].sum().cpu()
     res = dict(fisher=tot[0]/nb, grad=tot[1]/nb, cov=torch.stack([spread(s, *_part(s, cov[s.path])) for s in sites]))
     if n: res['sample_fisher'] = fish/n
     return {m:{s.name:v for s,v in zip(sites, vs.tolist())} for m,vs in res.items()} | (dict(gora=gora) if gora else {})

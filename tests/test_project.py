@@ -1,5 +1,5 @@
 "One fact in one place: metadata, version, generated files, stored outputs, README, and what wheel and sdist hold"
-import hashlib,json,re,shutil,subprocess,sys,tarfile,tomllib,zipfile
+import hashlib,json,re,shlex,shutil,subprocess,sys,tarfile,tomllib,zipfile
 from configparser import ConfigParser
 from email import message_from_string
 from importlib.metadata import version
@@ -143,3 +143,36 @@ def test_weights_are_the_file_that_their_card_describes():
     file,card = root/'fclora/weights/vit_pico.safetensors',text('fclora/weights/README.md')
     assert re.search(r'sha256\W+`?([0-9a-f]{64})', card)[1]==hashlib.sha256(file.read_bytes()).hexdigest()
     assert file.stat().st_size<=12*2**20
+
+# --- commands on the pages
+
+def shell_commands(page):
+    "The `fclora` command lines of a page's fenced blocks, without what stands before them"
+    cells = json.loads((root/'nbs'/page).read_text())['cells']
+    blocks = re.findall(r'```sh\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown'), re.S)
+    return [l[l.index('fclora '):] for b in blocks for l in b.splitlines() if 'fclora ' in l]
+
+@pytest.mark.parametrize('page', ['results/evidence.ipynb','results/speed.ipynb'])
+def test_commands_for_a_gpu_are_commands_that_we_have(page, monkeypatch):
+    from fclora import cli
+    lines = shell_commands(page)
+    assert len(lines)>=3
+    for line in lines:
+        name,*args = shlex.split(line, comments=True)[1:]
+        parsed = subprocess.run([bin/"fclora", name, "--help"], capture_output=True, text=True)
+        assert parsed.returncode==0, line
+        known = set(re.findall(r'--[a-z][a-z0-9-]*', parsed.stdout))
+        assert {a.split('=')[0] for a in args if a.startswith('--')}<=known, line
+        if name=='compare': assert len(cli.parse_rows(args[args.index('--methods')+1]))>=3
+
+def test_stored_comparisons_say_how_they_were_made():
+    from fclora import cli
+    files = [f for f in (root/'nbs/results').glob('*.json') if 'methods' in json.loads(f.read_text()) and 'command' in json.loads(f.read_text())]
+    assert len(files)>=5
+    for f in files:
+        d = json.loads(f.read_text())
+        args = shlex.split(d['command'])
+        assert args[:2]==['fclora','compare'], f.name
+        rows,seeds = cli.parse_rows(args[args.index('--methods')+1]),'0,1,2' if '--seeds' not in args else args[args.index('--seeds')+1]
+        assert set(d['methods'])==set(rows), f.name
+        assert {(r['config'].get('row', r['method']),r['seed']) for r in d['runs']}=={(r,int(s)) for r in rows for s in seeds.split(',')}, f.name
