@@ -70,6 +70,16 @@ def test_the_first_lines_say_what_will_happen(folder, tmp_path, capsys):
     for word in ('vit_pico (1,204,866 parameters)', '2 classes'): assert word in first[0]
     for word in ('100 ranks (25,600 parameters)', '18 sites (q,k,v)', 'head (258 parameters)', '1 epochs at batch size 8'): assert word in first[1]
 
+def test_score_forecasts_what_the_upper_blocks_cost(tmp_path, capsys):
+    costs = {}
+    for k in ('0','3'):
+        assert main(['score', '--budget', '54', '--score-batches', '2', '--quiet', '--from-block', k, '--out', str(tmp_path/k)])==0
+        costs[k] = json.loads((tmp_path/k).read_text())['settings']['forecast']
+        assert f"a step: {costs[k]['step']:.0%} of the arithmetic of full fine-tuning" in capsys.readouterr().out
+    assert costs['3']['lowest_block']==3 and costs['3']['step']<costs['0']['step'] and costs['3']['kept']<costs['0']['kept']
+    assert main(['score', '--from-block', '9', '--out', str(tmp_path/'x')])==1 and not (tmp_path/'x').exists()
+    assert 'end at 5' in capsys.readouterr().err
+
 def test_score_and_finetune_from_its_plan(tmp_path, capsys):
     assert main(['score', '--budget', '54', '--score-batches', '2', '--quiet', '--weights', 'sample_fisher=1', '--out', str(tmp_path/'p.json')])==0
     assert 'block' in capsys.readouterr().out
