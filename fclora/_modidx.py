@@ -139,6 +139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fclora.calibration._nll_slope': ('calibration.html#_nll_slope', 'fclora/calibration.py'),
                                     'fclora.calibration._plain_bins': ('calibration.html#_plain_bins', 'fclora/calibration.py'),
                                     'fclora.calibration._root': ('calibration.html#_root', 'fclora/calibration.py'),
+                                    'fclora.calibration._top': ('calibration.html#_top', 'fclora/calibration.py'),
                                     'fclora.calibration.accuracy': ('calibration.html#accuracy', 'fclora/calibration.py'),
                                     'fclora.calibration.adaptive_ece': ('calibration.html#adaptive_ece', 'fclora/calibration.py'),
                                     'fclora.calibration.brier': ('calibration.html#brier', 'fclora/calibration.py'),

@@ -39,7 +39,9 @@ def confidence(
     T:float=1. # Temperature, above 0; 1 leaves the logits as they are
 )->tuple: # Confidence (n,) in (0, 1] and predicted class (n,)
     "Probability of the top class under softmax of `logits/T`, and that class"
-    x,_ = _checked(logits, T=T, exact=False)
+    return _top(_checked(logits, T=T, exact=False)[0], T)
+
+def _top(x, T):
     top,pred = x.max(1)
     return (1/(x-top[:,None]).div_(T).exp_().sum(1)).double(),pred
 
@@ -167,7 +169,7 @@ def conf_bins(
 def _judged(logits, targs, T, **counts):
     "Confidence of each sample's prediction, and 1 where it is right"
     x,y = _checked(logits, targs, T, exact=False, **counts)
-    conf,pred = confidence(x, T)
+    conf,pred = _top(x, T)
     return conf,(pred==y).double()
 
 # %% ../nbs/05_calibration.ipynb #ab7c8385

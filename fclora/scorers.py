@@ -50,8 +50,11 @@ class RunningVar:
     ):
         "Take in the rows of `x`"
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        var,mean = (o.double() for o in torch.var_mean(x-x[0], 0, correction=0)) # the first row taken off: a large mean loses no digits
-        n,b,mean = self.n,len(x),mean+x[0].double()
+        mean = x.mean(0)
+        x = x-mean
+        rest = x.mean(0).double() # what rounding left of the mean
+        var,mean = x.square_().mean(0).double()-rest**2,mean.double()+rest # over rows several times faster than `torch.var_mean`
+        n,b = self.n,len(x)
         d = mean-self.mean
         self.mean,self.M2,self.n = self.mean + d*b/(n+b), self.M2 + var*b + d*d*n*b/(n+b), n+b
 
