@@ -176,3 +176,9 @@ def test_stored_comparisons_say_how_they_were_made():
         rows,seeds = cli.parse_rows(args[args.index('--methods')+1]),'0,1,2' if '--seeds' not in args else args[args.index('--seeds')+1]
         assert set(d['methods'])==set(rows), f.name
         assert {(r['config'].get('row', r['method']),r['seed']) for r in d['runs']}=={(r,int(s)) for r in rows for s in seeds.split(',')}, f.name
+
+def test_speed_in_the_readme_is_that_of_the_stored_run():
+    rows,text = json.loads((root/'nbs/results/speed-cpu.json').read_text())['step']['rows'],(root/'README.md').read_text(encoding='utf-8')
+    found = re.search(r'A step costs about (\.\d\d) of full fine-tuning .*?allows (\.\d\d)\), and (\.\d\d) with', text, re.S)
+    want = rows['fclora']['ratio'],rows['fclora']['limit'],rows['fclora top']['ratio']
+    assert found.groups()==tuple(f'{v:.2f}'.removeprefix('0') for v in want)
