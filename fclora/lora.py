@@ -318,9 +318,9 @@ class LoRALinear(LoRA, nn.Linear):
         self.dropout = nn.Dropout(dropout)
 
     def fusable(self):
-        "Can one function do it all? Not where the weight trains, inputs are dropped, or a compiler or `torch.func` looks inside"
+        "Can one function do it all? Not where a subclass has `factors` of its own, the weight trains, inputs are dropped, or a compiler or `torch.func` looks inside"
         trains = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.weight,self.bias))
-        return not (trains or self.training and self.dropout.p or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        return type(self).factors is LoRA.factors and not (trains or self.training and self.dropout.p or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
     def forward(self, x):
         if self.merged: return super().forward(x)

@@ -243,6 +243,18 @@ def test_dropout_and_training_weights_take_the_formula():
     assert not lora.fusable()
     with torch.no_grad(): assert lora.fusable()
 
+def test_factors_of_a_subclass_are_the_ones_used():
+    class Halved(LoRALinear):
+        def factors(self):
+            A,B = super().factors()
+            return A/2,B
+
+    fast,_ = frozen_pair(6, 8, [2], 0, 1, True, torch.float32)
+    halved,x = Halved(fast, {s:2 for s in fast.sites.values()}),torch.randn(40, 6)
+    halved.load_state_dict(fast.state_dict())
+    A,B = fast.factors()
+    for n in (3,40): assert_close(halved(x[:n]), F.linear(x[:n], fast.weight+B@A/2, fast.bias))
+
 def test_compiled_model_has_no_graph_break_and_the_same_gradients(adapted):
     freeze(adapted)
     x,y = images(),torch.tensor([0,1,2])
