@@ -8,6 +8,7 @@ from fclora import bench as B
 from fclora.bench import *
 from fclora.cli import main
 from fclora.lora import *
+from fclora.forecast import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 kw = dict(model='vit_pico', batch_size=2, steps=2, warmup=0, rank=2, device='cpu', models='')
@@ -40,7 +41,7 @@ def test_compared_with_the_full_one_of_the_same_model():
 def test_kept_bytes_are_those_of_the_arithmetic():
     net,x = tiny(),torch.randn(8, 3, 32, 32)
     for m in (net, freeze(deepcopy(net)), B._naive(deepcopy(net), 2)):
-        assert kept_bytes(m.train(), x)/8==pytest.approx(B.step_cost(m, (3,32,32))['kept_bytes'], rel=.15) # attention keeps less on a CPU than on the meta device
+        assert kept_bytes(m.train(), x)/8==pytest.approx(step_cost(m, (3,32,32))['kept_bytes'], rel=.15) # attention keeps less on a CPU than on the meta device
 
 def test_sweep_points_differ_from_the_base_in_one_respect():
     base = dict(depth=6, width=192, batch=8, rank=4, kinds=('q','k','v'))
