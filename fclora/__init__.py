@@ -17,6 +17,7 @@ Modules:
 - `fclora.deploy`: A run as an ONNX file, in 32 bits or 8, as a `torch.export` program, and as a page to try it on
 - `fclora.forecast`: What a step will cost, in arithmetic and memory, before it is run
 - `fclora.huggingface`: Plans and adapters to PEFT and back, and runs to the Hub and back
+- `fclora.inputs`: The principal components of what a site sees, as a score and as a start for its adapter
 - `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
 - `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there
 - `fclora.pretrain`: Make a small backbone from a folder of images

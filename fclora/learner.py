@@ -15,6 +15,7 @@ from functools import partial
 from .lora import *
 from .scorers import *
 from .allocators import *
+from .inputs import *
 from .data import *
 from .backbones import *
 from .forecast import *
@@ -57,6 +58,7 @@ def recipe(
     lora_alpha:float=8., # Numerator of the LoRA scaling
     rslora:bool=True, # Scale by `lora_alpha/sqrt(r)` instead of `lora_alpha/r`?
     dropout:float=0., # On the input of the adapters
+    init:str='kaiming', # How the `A` of an adapter starts: kaiming, orthogonal (orthonormal rows) or eva (principal components of its inputs)
     head_std:float=.02, # Spread of the fresh head's weights
 )->dict: # All of these but `method` and `arch`, resolved
     "Every value that the papers leave open, in one place"
@@ -67,7 +69,8 @@ def recipe(
         if not r[k]>=low: raise ValueError(f'{k} must be at least {low}, got {r[k]}')
     for k in ('smoothing','dropout','pct_start'):
         if not 0<=r[k]<1: raise ValueError(f'{k} must be at least 0 and below 1, got {r[k]}')
-    if schedule not in ('cosine','onecycle'): raise ValueError(f'schedule must be cosine or onecycle, got {schedule!r}')
+    for k,known in dict(schedule=('cosine','onecycle'), init=inits).items():
+        if r[k] not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {r[k]!r}")
     return r
 
 # %% ../nbs/04_learner.ipynb #2b40a878
@@ -99,7 +102,7 @@ def plan_model(
     hi:int=16, # Upper bound of a rank
     kinds:str='q,k,v', # Kinds of sites, of q, k, v, proj, fc1, fc2, gate, conv
     include:str=None, # Regular expression that their names must match (from Python also a list of names)
-    weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov, sample_fisher and gora
+    weights:str='fisher=.6,grad=.2,cov=.2', # Metrics and their weights, of fisher, grad, cov, sample_fisher, gora and explained_var
     normaliser:str='minmax', # minmax, rank or log
     from_block:int=0, # First block to adapt; the backward pass below it is saved
     score_batches:int=100, # Batches to score on, at most one pass over the images
@@ -116,7 +119,8 @@ def plan_model(
     _check_budget(sites, budget, unit, lo, hi)
     dl,stats,settings = score_dl(dls, bs=score_bs, seed=seed),None,dict(from_block=from_block)
     if head_warmup: warmup_head(model, dl, head_warmup)
-    allocate = lambda stats: make_plan(name or type(model).__name__, sites, stats, method, budget, unit, lo, hi, weights, normaliser, seed, settings)
+    inputs = dict(explained_var=explained_var(model, dl, sites, score_batches)) if 'explained_var' in weights and method in scored_methods else {}
+    allocate = lambda stats: make_plan(name or type(model).__name__, sites, stats and stats | inputs, method, budget, unit, lo, hi, weights, normaliser, seed, settings)
     if method in scored_methods:
         settled = Settled(allocate, settle)
         stats = site_stats(model, dl, sites, n_batches=score_batches, sample_fisher='sample_fisher' in weights, gora='gora' in weights, progress=progress, settled=settle and settled)
@@ -146,7 +150,7 @@ def parse_weights(
     "Weights of the metrics from text"
     try: res = {k.strip():float(v) for k,_,v in (o.partition('=') for o in text.split(','))}
     except ValueError: raise ValueError(f'weights must look like fisher=.6,grad=.2,cov=.2, got {text!r}') from None
-    known = {*paper_weights,'sample_fisher','gora'}
+    known = {*paper_weights,'sample_fisher','gora','explained_var'}
     if wrong := set(res)-known: raise ValueError(f"no metric {wrong.pop()!r}; there are {', '.join(sorted(known))}")
     return res
 
@@ -257,6 +261,7 @@ def fclora_learner(
     if adapted: check_called(model, dls.valid.one_batch()[0][:2], plan.check(model).sites)
     set_seed(seed)
     adapt_for(model, method, plan, rcp['lora_alpha'], rcp['rslora'], rcp['dropout'])
+    if adapted: init_factors(model, rcp['init'], score_dl(dls, seed=seed))
     if checkpointing: recompute_blocks(model)
     if compile: model.compile()
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=dls.device.type in ('cpu','cuda'), foreach=False)) # TensorBoard cannot log None

@@ -72,7 +72,7 @@ def test_budget_out_of_range(capsys):
     for b in (17, 289): assert '18..288' in fails(capsys, *tune('digits', '--budget', b))
 def test_bad_values(capsys):
     for args,word in ((('--epochs', 0), 'epochs'), (('--schedule', 'linear'), 'onecycle'), (('--method', 'lora'), 'uniform'), (('--weights', 'fisher'), 'fisher=.6'),
-                      (('--weights', 'hessian=1'), 'hessian'), (('--normaliser', 'z'), 'minmax'), (('--unit', 'mb'), 'params')):
+                      (('--weights', 'hessian=1'), 'explained_var'), (('--init', 'svd'), 'orthogonal'), (('--normaliser', 'z'), 'minmax'), (('--unit', 'mb'), 'params')):
         assert word in fails(capsys, *tune('digits', *args))
 def test_loss_is_nan(capsys, tmp_path): assert '--lr' in fails(capsys, *tune('digits', '--lr', '1e30', '--clip', 0, '--out', tmp_path/'r'))
 def test_zero_head(capsys): assert 'the head is probably all zeros' in fails(capsys, *tune('digits', '--head-std', 0))

@@ -55,6 +55,13 @@ def test_recipe_reaches_the_optimiser(dls):
     assert max(learn.recorder.hps['lr'])==pytest.approx(4e-3, rel=.05)   # fastai records the last group, the head
     assert learn.opt.hypers[1]['lr']==pytest.approx(4*learn.opt.hypers[0]['lr'])
 
+def test_scores_and_starts_from_the_inputs(dls):
+    learn = fclora_learner(dls, 'vit_pico', budget=36, weights='explained_var=1', score_batches=2, rcp=recipe('fclora', 'vit_pico', epochs=1, init='eva'))
+    values = learn.plan.metrics['explained_var']
+    assert learn.plan.scores[max(values, key=values.get)]==1 and values['blocks.0.attn.qkv.q']==values['blocks.0.attn.qkv.v']
+    for m in lora_layers(learn.model).values():
+        for A in m.lora_A.values(): torch.testing.assert_close(A@A.T, torch.eye(len(A)))
+
 def test_a_normal_learner(dls, tmp_path, monkeypatch):
     import matplotlib; matplotlib.use('agg')
     monkeypatch.chdir(tmp_path)
