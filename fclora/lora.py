@@ -448,8 +448,9 @@ def delta(self:LoRA
 def merge(self:LoRA):
     "Add the update to the weight, in 32 bits at least, keeping the old weight"
     if self.merged: return
-    self.base_weight,delta = self.raw.detach().clone(),self.delta().view_as(self.raw)
-    self.raw.copy_(self.raw.to(delta.dtype) + delta)
+    self.base_weight,(A,B) = self.raw.detach().clone(),self.factors()
+    if self.raw.dtype==A.dtype and self.raw.is_contiguous(): self.raw.view(len(self.raw), -1).addmm_(B, A) # no copies
+    else: self.raw.copy_(self.raw.to(A.dtype) + (B@A).view_as(self.raw))
 
 @patch
 @torch.no_grad()
