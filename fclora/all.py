@@ -1,6 +1,7 @@
 from .lora import *
 from .scorers import *
 from .allocators import *
+from .inputs import *
 from .data import *
 from .backbones import *
 from .forecast import *
