@@ -166,7 +166,7 @@ def go_through(model, batches, ks):
     check_called(model, {k:v for k,v in batches[0].items() if k!='labels'} if isinstance(batches[0], dict) else batches[0][0], sites)
     freeze(adapt(model, plan.ranks))
     assert count_params(model)['adapter']==plan.adapter_params
-    assert_close(out(model, batches[0]), before, atol=1e-6, rtol=1e-5)
+    near(out(model, batches[0]), before) # the same products, but for the order of their sums
     train_a_step(model, batches[1])
     after = out(model, batches[0])
     assert (after-before).abs().max()>1e-6
@@ -174,7 +174,7 @@ def go_through(model, batches, ks):
     near(out(unload(deepcopy(model), merge=True), batches[0]), after)
     again = adapt(deepcopy(base), plan.ranks)
     assert not again.load_state_dict(adapter_state(model), strict=False).unexpected_keys
-    assert_close(out(again, batches[0]), after, atol=1e-6, rtol=1e-5)
+    near(out(again, batches[0]), after)
     plain = unload(model)
     assert type(plain) is type(base) and [type(m) for m in plain.modules()]==[type(m) for m in base.modules()]
     for n,p in plain.named_parameters(): assert is_head(n, head_names(base)) or torch.equal(p, base.get_parameter(n))
