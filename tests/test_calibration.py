@@ -1,5 +1,5 @@
 "Temperature and calibration errors: equality with torchmetrics and scipy, invariances, edges, errors"
-import json,math,warnings
+import json,math,subprocess,sys,warnings
 from copy import deepcopy
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -8,8 +8,10 @@ from hypothesis import given,settings,strategies as st
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
-from fclora.calibration import *
-from fclora.calibration import _root
+from fclora.calibration.temperature import *
+from fclora.calibration.ece import *
+from fclora.calibration.intervals import *
+from fclora.calibration.reliability import *
 
 def sample(seed, n=500, c=10, scale=3., sharp=1.):
     "Logits that are `sharp` times too sharp for the labels drawn from them"
@@ -99,17 +101,12 @@ def test_temperature_equals_dense_search(seed, n, c, scale, sharp):
     assert nll(z, y, T)<=min(fine.fun, nll(z, y, grid[i]))+1e-6*max(1, fine.fun)
     assert nll(z, y, T)<=nll(z, y) and .05<=T<=20
 
-def test_temperature_is_converged():
-    z,y = sample(1, 2000, sharp=2.)
-    T = fit_temperature(z, y)
-    assert nll(z, y, T)<min(nll(z, y, T*(1+1e-5)), nll(z, y, T*(1-1e-5)))
-
 @pytest.mark.parametrize('zero', [.06,.5,1.,2.,19.])
 @pytest.mark.parametrize('start', [.05,1.,20.])
 def test_root_converges_where_newton_alone_would_cycle(zero, start):
     steep = lambda x: (math.atan(10*(x-zero)), 10/(1+100*(x-zero)**2))
-    assert _root(steep, .05, 20., start)==pytest.approx(zero, rel=1e-9)
-    assert _root(steep, .05, zero*.9, .05)==zero*.9 and _root(steep, zero*1.1, 30., 30.)==zero*1.1
+    assert newton_root(steep, .05, 20., start)==pytest.approx(zero, rel=1e-9)
+    assert newton_root(steep, .05, zero*.9, .05)==zero*.9 and newton_root(steep, zero*1.1, 30., 30.)==zero*1.1
 
 def test_temperature_scales_with_the_logits():
     z,y = sample(2)
@@ -155,7 +152,7 @@ def test_order_of_samples_and_of_classes_does_not_matter(seed, T):
     i,k = torch.randperm(200, generator=g),torch.randperm(6, generator=g)
     for zz,yy in ((z[i],y[i]), (z[:,k],k.argsort()[y])):
         for f in (nll,brier,ece,mce,adaptive_ece,classwise_ece): assert f(zz, yy, T)==pytest.approx(f(z, y, T), abs=1e-9)
-        assert accuracy(zz, yy)==accuracy(z, y)
+        assert top1(zz, yy)==top1(z, y)
         assert fit_temperature(zz, yy)==pytest.approx(fit_temperature(z, y), rel=1e-7)
     torch.testing.assert_close(class_accuracy(z[:,k], k.argsort()[y]), class_accuracy(z, y)[k], equal_nan=True)
 
@@ -187,9 +184,6 @@ def test_floor_depends_on_seed_and_level_only():
     z,_ = sample(0, 100)
     assert ece_floor(z, n_sim=50)==ece_floor(z, n_sim=50)!=ece_floor(z, n_sim=50, seed=1)
     assert ece_floor(z, level=.5)[1]<ece_floor(z, level=.99)[1]
-
-def test_interval_reaches_zero_for_calibrated_logits():
-    assert coverage(lambda z,y: ece_interval(z, y, n_boot=200)[0]==0, 150, n=400)>.87
 
 @pytest.mark.parametrize('sharp', [.5,1.3,2.])
 def test_interval_holds_the_ece_of_a_large_sample(sharp):
@@ -225,7 +219,7 @@ def test_table_is_plain_json_and_agrees_with_the_functions():
     for f in (ece,mce,adaptive_ece,classwise_ece): assert (t[f.__name__+'_raw'],t[f.__name__])==(f(z, y, 1., 10),f(z, y, 2., 10))
     for f in (nll,brier): assert (t[f.__name__+'_raw'],t[f.__name__])==(f(z, y),f(z, y, 2.))
     assert t['ece_interval']==list(ece_interval(z, y, 2., 10, 50)) and [t['ece_floor'],t['ece_floor_upper']]==list(ece_floor(z, 2., 10, 50))
-    assert (t['n'],t['T'],t['n_bins'],t['accuracy'])==(500,2.,10,accuracy(z, y))
+    assert (t['n'],t['T'],t['n_bins'],t['accuracy'])==(500,2.,10,top1(z, y))
     accs = class_accuracy(z, y).numpy()
     assert (t['class_acc_mean'],t['class_acc_std'])==(pytest.approx(np.nanmean(accs)),pytest.approx(np.nanstd(accs)))
 
@@ -246,8 +240,9 @@ def test_plot_draws_one_bar_for_each_bin_on_the_axes_given():
     assert sum(o.get_height() for o in counts)==500
     plt.close(fig)
 
-class Double(nn.Module):
-    def forward(self, x): return 2*x
+def test_matplotlib_waits_for_a_picture():
+    code = 'import sys, fclora.calibration.reliability; print("matplotlib" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='False'
 
 def test_calibrated_divides_and_survives_state_dict_and_copy():
     model,x = nn.Linear(4, 3),torch.randn(5, 4)
@@ -256,15 +251,6 @@ def test_calibrated_divides_and_survives_state_dict_and_copy():
     for m in (cal,other,deepcopy(cal)): torch.testing.assert_close(m(x), model(x)/2.5)
     assert dict(cal.named_buffers()).keys()=={'T'} and not cal.T.requires_grad
     assert cal.to(torch.bfloat16)(x.bfloat16()).dtype==torch.bfloat16
-
-@pytest.mark.filterwarnings('ignore')
-def test_calibrated_survives_export_and_trace(tmp_path):
-    x = torch.randn(2, 3)
-    cal = Calibrated(Double(), 4.)
-    prog = torch.export.export(cal, (x,))
-    traced = torch.jit.trace(cal, x)
-    torch.jit.save(traced, tmp_path/'m.pt')
-    for m in (prog.module(),traced,torch.jit.load(tmp_path/'m.pt')): torch.testing.assert_close(m(x), x/2)
 
 # --- errors
 
@@ -283,7 +269,7 @@ z4,y4 = torch.zeros(4, 3),torch.zeros(4).long()
     (z4.index_fill(0, torch.tensor([2]), math.nan), y4, '1 of 4 rows, first in row 2'),
     (z4.index_fill(0, torch.tensor([1,3]), math.inf), y4, '2 of 4 rows, first in row 1')])
 def test_bad_logits_and_targets(z, y, msg):
-    for f in (accuracy,class_accuracy,nll,brier,fit_temperature,ece,mce,adaptive_ece,classwise_ece,reliability,ece_interval):
+    for f in (top1,class_accuracy,nll,brier,fit_temperature,ece,mce,adaptive_ece,classwise_ece,reliability,ece_interval):
         with pytest.raises(ValueError, match=msg): f(z, y)
     for f in (calibration_table,plot_reliability):
         with pytest.raises(ValueError, match=msg): f(z, y, 1.)

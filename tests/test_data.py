@@ -1,13 +1,19 @@
-"Every source, every kind of image and every mistake that the data module must survive"
+"Every source, every kind of image and every mistake that the data modules must survive"
 import hashlib, pickle, random, sys, tarfile, threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from PIL import Image
+from fastai.data.transforms import get_files
+from fastai.torch_core import TensorImage
+from fasttransform import Pipeline
 from torch import nn, Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from fclora.data import decode, find_splits, fit, get_dls, load_batch, load_images, read_image, score_dl, stratified_split
+from fclora.data.images import stratified_split
+from fclora.data.loaders import get_dls, input_tfms, score_dl
+from fclora.data.pixels import decode, image_files, image_suffixes, load_batch, read_image, square_resize, to_input
+from fclora.data.sources import find_splits, load_images
 
 mean,std = (.5,.4,.3),(.2,.25,.3)
 quiet = partial(load_images, progress=False)
@@ -156,8 +162,6 @@ def test_no_images(tmp_path):
     (tmp_path/'ant').mkdir()
     err(tmp_path, 'no images')
 
-def test_one_class(tmp_path): err(make(tmp_path, classes=['ant']), "only one class, 'ant'")
-
 @pytest.mark.parametrize('n,ok', [(1,False), (2,False), (3,True)])
 def test_few_images_one_pool(tmp_path, n, ok):
     make(tmp_path, n=5); make(tmp_path, classes=['wasp'], n=n, seed=900)
@@ -237,17 +241,16 @@ def test_exif(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path/'a.png')), np.rot90(noise(0, 10, 20), -1))
 
 def test_decode_square():
-    x,_ = decode(Image.fromarray(noise(0, 10, 21)))
-    assert x.shape==(3,10,10) and decode(Image.fromarray(noise(0, 300, 200)), 64)[0].shape==(3,64,64)
-    with pytest.raises(ValueError, match="'bicubic', 'bilinear' or 'nearest', got 'sinc'"): fit(x, 8, 'sinc')
-    assert fit(torch.full((3,5,9), 77, dtype=torch.uint8), 32).unique().tolist()==[77]
+    assert decode(Image.fromarray(noise(0, 10, 21)))[0].shape==(3,10,10)
+    assert decode(Image.fromarray(noise(0, 300, 200)), 64)[0].shape==(3,64,64)
+    assert square_resize(torch.full((3,5,9), 77, dtype=torch.uint8), 32).unique().tolist()==[77]
 
 @pytest.mark.parametrize('mode', ['bicubic','bilinear'])
-def test_fit_is_close_to_pillow(mode):
+def test_resizing_is_close_to_pillow(mode):
     x = noise(0, 90, 90); r = dict(bicubic=Image.BICUBIC, bilinear=Image.BILINEAR)[mode]
     for s in (32, 128):
         want = torch.tensor(np.asarray(Image.fromarray(x).resize((s,s), r)).astype(int)).permute(2,0,1)
-        assert (fit(torch.tensor(x).permute(2,0,1), s, mode).int()-want).abs().max()<=1
+        assert (square_resize(torch.tensor(x).permute(2,0,1), s, mode).int()-want).abs().max()<=1
 
 # Loaders
 
@@ -271,11 +274,19 @@ def test_mixed_sizes_without_target_size(tmp_path):
     make(tmp_path, n=8); make(tmp_path, n=4, size=(50,70))
     assert isinstance(quiet(tmp_path).train[0], list)
 
-def test_reduced_for_another_size(tmp_path):
-    images = quiet(make(tmp_path, size=(40,40)), size=32)
-    get_dls(images, 32, mean, std)
-    for kw in (dict(size=24), dict(size=32, interpolation='bilinear')):
-        with pytest.raises(ValueError, match='read them again'): get_dls(images, mean=mean, std=std, **kw)
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'nearest'])
+def test_to_input_is_the_pipeline_of_the_loaders(interpolation):
+    for size,side in ((32,8), (32,32), (24,57)):
+        x = torch.from_numpy(np.stack([noise(i, side, side) for i in range(5)])).permute(0,3,1,2)
+        want = Pipeline(input_tfms(size, mean, std, interpolation))(TensorImage(x))
+        assert torch.equal(to_input(x, size, mean, std, interpolation), plain(want))
+
+def test_image_files_are_those_that_fastai_finds(tmp_path):
+    make(tmp_path/'a', n=2); make(tmp_path/'a', classes=['.hidden','deep/er'], n=1); make(tmp_path/'b', classes=['linked'], n=1)
+    (tmp_path/'a'/'link').symlink_to(tmp_path/'b', target_is_directory=True)
+    for o in ('UPPER.JPG','.hidden.png','none.csv','no_suffix'): (tmp_path/'a'/o).write_bytes(b'x')
+    want = sorted(get_files(tmp_path/'a', extensions=image_suffixes()))
+    assert len(want)==7 and image_files(tmp_path/'a')==want
 
 def test_load_batch_bad(tmp_path):
     make(tmp_path); cut(tmp_path/'ant'/'01.png', .3)

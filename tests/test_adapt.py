@@ -7,7 +7,11 @@ from safetensors.torch import load_file,save_file
 from torch import nn
 import torch.nn.functional as F
 from torch.testing import assert_close
+from fclora.sites import *
 from fclora.lora import *
+from fclora.find import *
+from fclora.fused import *
+from fclora.adapt import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -20,11 +24,12 @@ def ranks_of(model, every=5): return {s.name:i%every for i,s in enumerate(find_s
 def trained(model, seed=1):
     "Non-zero `B`, as after training"
     torch.manual_seed(seed)
-    for m in lora_layers(model).values():
+    for m in adapted_layers(model).values():
         for B in m.lora_B.values(): nn.init.normal_(B, std=.05)
     return model
 
 def images(n=3): return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def is_adapter(name): return '.lora_' in name
 def same(a, b): assert_close(a, b, rtol=0, atol=0)
 def raises(piece): return pytest.raises(ValueError, match=piece)
 
@@ -35,12 +40,12 @@ def adapted(model): return trained(adapt(model, ranks_of(model)))
 
 # --- the layer against autograd
 
-def qkv_layer(d_in, d_out, ranks, rslora, seed, dtype=torch.float32, bias=True, **kw):
+def qkv_layer(d_in, d_out, ranks, scaling, seed, dtype=torch.float32, bias=True, **kw):
     "A fused layer with the given ranks of q, k and v, its factors all random"
     torch.manual_seed(seed)
     base = nn.Linear(d_in, 3*d_out, bias=bias, dtype=dtype)
     sites = [Site(f'qkv.{k}', 'qkv', k, 0, d_in, d_out, i*d_out) for i,k in enumerate('qkv')]
-    lora = LoRALinear(base, {s:r for s,r in zip(sites, ranks) if r}, rslora=rslora, **kw)
+    lora = adapt_layer(deepcopy(base), {s:r for s,r in zip(sites, ranks) if r}, scaling=scaling, **kw)
     for B in lora.lora_B.values(): nn.init.normal_(B)
     return base,lora
 
@@ -50,11 +55,11 @@ def by_hand(lora, x, d_out, A, B, s):
     return F.linear(x, lora.weight.detach()+upd, lora.bias.detach() if lora.bias is not None else None)
 
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(*[st.integers(0, 6)]*3).filter(any), st.booleans(), st.booleans(), st.integers(0, 9999),
+@given(st.tuples(*[st.integers(0, 6)]*3).filter(any), st.sampled_from(['sqrt','rank']), st.booleans(), st.integers(0, 9999),
        st.sampled_from([(4,),(2,5),(2,3,4)]), st.integers(6, 20), st.integers(6, 20))
-def test_forward_and_gradients_equal_autograd_on_the_written_out_weight(ranks, rslora, bias, seed, shape, d_in, d_out):
-    _,lora = qkv_layer(d_in, d_out, ranks, rslora, seed, bias=bias)
-    s = {k:8/(r**.5 if rslora else r) for k,r in zip('qkv', ranks) if r}
+def test_forward_and_gradients_equal_autograd_on_the_written_out_weight(ranks, scaling, bias, seed, shape, d_in, d_out):
+    _,lora = qkv_layer(d_in, d_out, ranks, scaling, seed, bias=bias)
+    s = {k:8/(r**.5 if scaling=='sqrt' else r) for k,r in zip('qkv', ranks) if r}
     x,fresh = torch.randn(*shape, d_in, requires_grad=True),lambda p: p.detach().clone().requires_grad_()
     x2,A,B = fresh(x),*[{k:fresh(p) for k,p in ps.items()} for ps in (lora.lora_A,lora.lora_B)]
     y,want = lora(x),by_hand(lora, x2, d_out, A, B, s)
@@ -69,7 +74,7 @@ def test_forward_and_gradients_equal_autograd_on_the_written_out_weight(ranks, r
         assert_close(got.grad/top, ref.grad/top, **close)
 
 def test_slices_without_a_rank_get_no_update_and_no_parameters():
-    base,lora = qkv_layer(12, 8, (0,3,0), True, 0)
+    base,lora = qkv_layer(12, 8, (0,3,0), 'sqrt', 0)
     x = torch.randn(5, 12)
     q,k,v = (lora(x)-base(x)).chunk(3, -1)
     assert q.abs().max()==v.abs().max()==0 and k.abs().min()>0
@@ -89,15 +94,15 @@ class SplitAttention(nn.Module):
         q,k,v = (l(x).unflatten(-1, (self.h,-1)).transpose(1, 2) for l in (self.q,self.k,self.v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-@pytest.mark.parametrize('rslora', [True,False])
-def test_fused_and_split_models_agree_in_output_and_gradients(model, rslora):
+@pytest.mark.parametrize('scaling', ['sqrt','rank'])
+def test_fused_and_split_models_agree_in_output_and_gradients(model, scaling):
     split = deepcopy(model)
     for b in split.blocks: b.attn = SplitAttention(b.attn)
     x,short = images(),lambda n: n.replace('.qkv', '')
     assert [s.name for s in find_sites(split)]==[short(s.name) for s in find_sites(model)]
     assert_close(split(x), model(x), atol=1e-5, rtol=1e-5)
-    trained(adapt(model, ranks := ranks_of(model), rslora=rslora))
-    adapt(split, {short(n):r for n,r in ranks.items()}, rslora=rslora)
+    trained(adapt(model, ranks := ranks_of(model), scaling=scaling))
+    adapt(split, {short(n):r for n,r in ranks.items()}, scaling=scaling)
     pairs = [(p, split.get_parameter(short(n).replace(f'.lora_{f}.{k}', f'.{k}.lora_{f}.{k}')))
              for f in 'AB' for k in 'qkv' for n,p in model.named_parameters() if n.endswith(f'.lora_{f}.{k}')]
     assert len(pairs)==2*sum(r>0 for r in ranks.values())
@@ -108,8 +113,8 @@ def test_fused_and_split_models_agree_in_output_and_gradients(model, rslora):
     for p,o in pairs: assert_close(o.grad, p.grad, atol=1e-5, rtol=1e-3)
 
 def test_dropout_acts_on_the_update_in_training_mode_only():
-    base,lora = qkv_layer(64, 16, (4,4,4), True, 0, dropout=.5)
-    base2,plain = qkv_layer(64, 16, (4,4,4), True, 0)
+    base,lora = qkv_layer(64, 16, (4,4,4), 'sqrt', 0, dropout=.5)
+    base2,plain = qkv_layer(64, 16, (4,4,4), 'sqrt', 0)
     x = torch.randn(2, 64)
     same(lora.eval()(x), plain(x))
     lora.train()
@@ -122,8 +127,8 @@ def test_dropout_acts_on_the_update_in_training_mode_only():
 def test_adapt_hands_on_dropout_and_the_mode_of_the_layer(model):
     model.train(); model.blocks[1].eval()
     adapt(model, ranks_of(model), dropout=.3)
-    assert [m.dropout.p for m in lora_layers(model).values()]==[.3]*6
-    assert [m.dropout.training for m in lora_layers(model).values()]==[True,False]+[True]*4
+    assert [m.dropout_p for m in adapted_layers(model).values()]==[.3]*6
+    assert [m.training for m in adapted_layers(model).values()]==[True,False]+[True]*4
 
 # --- one autograd function against the formula
 
@@ -133,7 +138,7 @@ def frozen_pair(d_in, d_out, ranks, seed, heads=1, bias=True, dtype=torch.float3
     base = nn.Linear(d_in, 3*d_out*heads, bias=bias, dtype=dtype).requires_grad_(False)
     at = lambda i: dict(start=i*d_out, heads=heads, step=3*d_out if heads>1 else 0)
     sites = {Site(k, '', k, 0, d_in, d_out*heads, **at(i)):r for i,(k,r) in enumerate(zip('qkv', ranks)) if r}
-    fast = LoRALinear(base, sites)
+    fast = adapt_layer(base, sites)
     for B in fast.lora_B.values(): nn.init.normal_(B, std=.3)
     slow = deepcopy(fast)
     slow.fusable = lambda: False
@@ -217,7 +222,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
 def test_changing_the_weight_between_forward_and_backward_is_an_error():
     fast,_ = frozen_pair(12, 4, (3,0,2), 0)
     y = fast(torch.randn(5, 12, requires_grad=True)).sum()
-    merge(nn.Sequential(fast))
+    merge_adapters(nn.Sequential(fast))
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.backward()
 
 def test_other_tools_still_see_plain_torch():
@@ -235,7 +240,7 @@ def test_other_tools_still_see_plain_torch():
     assert_close(ep.module()(x), fast(x), rtol=1e-5, atol=1e-5)
 
 def test_dropout_and_training_weights_take_the_formula():
-    _,lora = qkv_layer(12, 4, (1,1,1), True, 0, dropout=.5)
+    _,lora = qkv_layer(12, 4, (1,1,1), 'sqrt', 0, dropout=.5)
     assert not lora.fusable()                                 # the weight trains
     lora.weight.requires_grad_(False); lora.bias.requires_grad_(False)
     assert not lora.train().fusable() and lora.eval().fusable()
@@ -243,14 +248,17 @@ def test_dropout_and_training_weights_take_the_formula():
     assert not lora.fusable()
     with torch.no_grad(): assert lora.fusable()
 
-def test_factors_of_a_subclass_are_the_ones_used():
-    class Halved(LoRALinear):
-        def factors(self):
-            A,B = super().factors()
+def test_factors_of_a_subclass_are_the_ones_used(monkeypatch):
+    class Halved(LoRA):
+        def site_factors(self, kind):
+            A,B = super().site_factors(kind)
             return A/2,B
 
+    monkeypatch.setitem(adapters, 'halved', Halved)
     fast,_ = frozen_pair(6, 8, [2], 0, 1, True, torch.float32)
-    halved,x = Halved(fast, {s:2 for s in fast.sites.values()}),torch.randn(40, 6)
+    halved,x = deepcopy(fast),torch.randn(40, 6)
+    halved.remove()
+    adapt_layer(halved, {s:2 for s in fast.sites.values()}, 'halved')
     halved.load_state_dict(fast.state_dict())
     A,B = fast.factors()
     for n in (3,40): assert_close(halved(x[:n]), F.linear(x[:n], fast.weight+B@A/2, fast.bias))
@@ -273,20 +281,20 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(adapted):
     with torch.no_grad():
         before = adapted(x)
         assert (before-base(x)).abs().max()>.01
-        assert_close(merge(adapted)(x), before, atol=1e-5, rtol=1e-5)
+        assert_close(merge_adapters(adapted)(x), before, atol=1e-5, rtol=1e-5)
         assert not torch.equal(adapted.blocks[0].attn.qkv.weight, base.blocks[0].attn.qkv.weight)
-        same(unmerge(adapted)(x), before)
+        same(unmerge_adapters(adapted)(x), before)
     for n,p in base.named_parameters(): same(adapted.get_parameter(n), p)
 
 def test_merging_or_unmerging_twice_is_harmless(adapted):
-    once = deepcopy(merge(adapted).state_dict())
-    for k,v in merge(adapted).state_dict().items(): same(v, once[k])
-    unmerge(unmerge(adapted))
+    once = deepcopy(merge_adapters(adapted).state_dict())
+    for k,v in merge_adapters(adapted).state_dict().items(): same(v, once[k])
+    unmerge_adapters(unmerge_adapters(adapted))
     for n,p in vit().named_parameters(): same(adapted.get_parameter(n), p)
-    assert not any(m.merged for m in lora_layers(adapted).values())
+    assert not any(m.merged for m in adapted_layers(adapted).values())
 
 def test_unmerge_is_exact_where_adding_and_subtracting_is_not():
-    _,lora = qkv_layer(32, 16, (8,8,8), False, 0)
+    _,lora = qkv_layer(32, 16, (8,8,8), 'rank', 0)
     with torch.no_grad():
         lora.weight.mul_(1e-3)
         old = lora.weight.clone()
@@ -299,7 +307,7 @@ def test_unmerge_is_exact_where_adding_and_subtracting_is_not():
 def test_unload_leaves_a_plain_model(adapted, fold, merged_before):
     x,base = images(),vit()
     with torch.no_grad(): want = adapted(x) if fold else base(x)
-    if merged_before: merge(adapted)
+    if merged_before: merge_adapters(adapted)
     adapted.train(); adapted.blocks[2].eval()
     unload(adapted, merge=fold)
     assert list(adapted.state_dict())==list(base.state_dict())
@@ -320,7 +328,7 @@ def test_deepcopy_is_independent(adapted):
         twin.blocks[0].attn.qkv.lora_B['k'].add_(1.); twin.blocks[0].attn.qkv.weight.add_(1.)
         same(adapted(x), want)
         assert not torch.allclose(twin(x), want)
-        for n,p in unmerge(deepcopy(merge(adapted))).named_parameters():
+        for n,p in unmerge_adapters(deepcopy(merge_adapters(adapted))).named_parameters():
             if not is_adapter(n): same(p, vit().get_parameter(n))
 
 def test_state_dict_round_trip(adapted):
@@ -337,7 +345,7 @@ def test_adapter_state_through_safetensors(adapted, tmp_path):
     missing,unexpected = other.load_state_dict(state, strict=False)
     assert not unexpected and set(missing)==set(vit().state_dict())-{'head.weight','head.bias'}
     with torch.no_grad(): same(other(images()), adapted(images()))
-    merge(adapted)
+    merge_adapters(adapted)
     for n,v in adapter_state(adapted).items(): same(v, state[n])
 
 def test_adapter_state_is_a_copy(adapted):
@@ -357,8 +365,8 @@ def test_autocast_to_bfloat16(adapted):
     assert_close(out.float(), full, atol=.05*full.abs().max().item(), rtol=0)
     for n,p in adapted.named_parameters():
         if is_adapter(n): assert p.dtype==p.grad.dtype==torch.float32 and p.grad.isfinite().all() and p.grad.abs().sum()>0, n
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): assert_close(merge(adapted)(x), out, atol=.05, rtol=.1)
-    unmerge(adapted)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): assert_close(merge_adapters(adapted)(x), out, atol=.05, rtol=.1)
+    unmerge_adapters(adapted)
     same(adapted.blocks[0].attn.qkv.weight.detach(), vit().blocks[0].attn.qkv.weight.detach())
 
 @pytest.mark.parametrize('dtype,factors,tol', [(torch.bfloat16,torch.float32,.05),(torch.float64,torch.float64,1e-12)])
@@ -369,8 +377,8 @@ def test_base_in_another_precision(model, dtype, factors, tol):
     with torch.no_grad():
         out = model(x)
         assert out.dtype==dtype and (out-base(x)).abs().max()>.01
-        assert_close(merge(model)(x), out, atol=tol*out.abs().max().item(), rtol=0)
-    unmerge(model)
+        assert_close(merge_adapters(model)(x), out, atol=tol*out.abs().max().item(), rtol=0)
+    unmerge_adapters(model)
     for n,p in base.named_parameters(): same(model.get_parameter(n), p)
 
 # --- sites
@@ -430,28 +438,28 @@ def test_errors_of_find_sites(model, kw, piece):
 @pytest.mark.parametrize('r', [-1,65,2.,True,'3',None,float('nan')])
 def test_a_rank_must_be_a_whole_number_that_fits(model, r):
     with raises(r'rank of blocks.0.attn.qkv.q must be a whole number in 0..64 \(it maps 64 to 64\), got '): adapt(model, {'blocks.0.attn.qkv.q':r})
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 def test_an_unknown_site_is_an_error_that_offers_near_names(model):
     with raises('VisionTransformer has no site .blocks.0.attn.q.; did you mean blocks.0.attn.qkv'): adapt(model, {'blocks.0.attn.q':2})
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 def test_a_refused_adapt_changes_nothing(model):
     adapt(model, {'blocks.3.attn.qkv.q':2})
     with raises('blocks.3.attn.qkv is adapted already; call unload'): adapt(model, {'blocks.0.attn.qkv.q':2, 'blocks.3.attn.qkv.v':2})
-    assert list(lora_layers(model))==['blocks.3.attn.qkv']
+    assert list(adapted_layers(model))==['blocks.3.attn.qkv']
 
 def test_adapted_equals_base_at_the_start_and_shares_its_weights(model):
     base,weight,x = deepcopy(model),model.blocks[0].attn.qkv.weight,images()
     assert adapt(model, ranks_of(model)) is model and model.blocks[0].attn.qkv.weight is weight
     with torch.no_grad(): same(model(x), base(x))
-    A = torch.cat([a.detach().flatten() for m in lora_layers(model).values() for a in m.lora_A.values()])
+    A = torch.cat([a.detach().flatten() for m in adapted_layers(model).values() for a in m.lora_A.values()])
     assert A.abs().max()<=1/64**.5 and A.std().item()==pytest.approx(1/(3*64)**.5, rel=.05)   # Kaiming-uniform, a=sqrt(5)
 
 def test_rank_zero_everywhere_is_a_linear_probe(model):
     names = [n for n,_ in model.named_parameters()]
     for ranks in ({},dict.fromkeys(ranks_of(model), 0)): adapt(model, ranks)
-    assert not lora_layers(model) and [n for n,_ in freeze(model).named_parameters()]==names
+    assert not adapted_layers(model) and [n for n,_ in freeze(model).named_parameters()]==names
     assert [n for n,p in model.named_parameters() if p.requires_grad]==['head.weight','head.bias']==list(adapter_state(model))
     assert count_params(model)['adapter']==0 and count_params(model)['trainable']==4*64+4
 
@@ -482,9 +490,9 @@ def test_a_layer_that_is_used_twice_is_adapted_in_both_places(shared):
         W = toy.q.weight + toy.q.scaling['q']*toy.q.lora_B['q']@toy.q.lora_A['q']
         want = toy.head(F.linear(F.linear(x, W, toy.q.bias).tanh(), W, toy.q.bias))
         assert_close(toy(x), want, atol=1e-5, rtol=1e-5)
-        assert_close(merge(toy)(x), want, atol=1e-5, rtol=1e-5)
+        assert_close(merge_adapters(toy)(x), want, atol=1e-5, rtol=1e-5)
         assert_close(unload(toy, merge=True)(x), want, atol=1e-5, rtol=1e-5)
-    assert not any(isinstance(m, LoRALinear) for m in toy.modules())
+    assert not any(isinstance(m, Adapter) for m in toy.modules())
 
 def test_two_heads_both_train(adapted):
     with torch.device('meta'): m = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5)
@@ -517,7 +525,7 @@ def test_rows_of_heads_get_their_own_update():
     torch.manual_seed(0)
     base,sites = nn.Linear(6, 20),[Site(k, 'qkv', k, 0, 6, w*2, o, heads=2, step=10) for k,w,o in (('q',3,0),('k',3,3),('v',4,6))]
     assert sites[0].rows==[0,1,2,10,11,12] and sorted(i for s in sites for i in s.rows)==list(range(20))
-    lora = LoRALinear(base, {sites[0]:2, sites[2]:1})
+    lora = adapt_layer(deepcopy(base), {sites[0]:2, sites[2]:1})
     for B in lora.lora_B.values(): nn.init.normal_(B)
     want,x = torch.zeros(20, 6),torch.randn(4, 6)
     for s in (sites[0],sites[2]): want[s.rows] = lora.scaling[s.kind]*lora.lora_B[s.kind]@lora.lora_A[s.kind]
@@ -525,14 +533,14 @@ def test_rows_of_heads_get_their_own_update():
     want = (base(x)+x@want.T).detach()
     assert_close(lora(x), want, atol=1e-5, rtol=1e-5)
     lora.merge()
-    assert_close(base(x), want, atol=1e-5, rtol=1e-5)   # `lora` holds the weight of `base` itself
+    assert_close(F.linear(x, lora.weight, lora.bias), want, atol=1e-5, rtol=1e-5)
 
 def test_grouped_query_attention_makes_narrower_and_cheaper_keys_and_values():
     T = pytest.importorskip('transformers')
     kw = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
     for cls,cfg in ((T.LlamaForCausalLM,T.LlamaConfig),(T.Phi3ForCausalLM,T.Phi3Config)):   # separate, and fused with unequal parts
         sites = find_sites(cls(cfg(**kw)))
-        assert [(s.kind,s.d_out,s.cost) for s in sites]==[('q',32,64),('k',16,48),('v',16,48)]
+        assert [(s.kind,s.d_out,LoRA.cost(s, 1)) for s in sites]==[('q',32,64),('k',16,48),('v',16,48)]
     assert [s.rows for s in sites]==[slice(0,32),slice(32,48),slice(48,64)]
 
 @pytest.mark.parametrize('rows', [63,96])
@@ -591,9 +599,9 @@ def test_adapting_where_the_weight_is_read(name):
             D = layer.scaling[s.kind]*layer.lora_B[s.kind]@layer.lora_A[s.kind]
             W[s.rows] += D.view_as(W[s.rows])
         assert_close(plain(x), want, atol=1e-5, rtol=1e-4)
-        assert_close(merge(deepcopy(model))(x), want, atol=1e-5, rtol=1e-4)
+        assert_close(merge_adapters(deepcopy(model))(x), want, atol=1e-5, rtol=1e-4)
         assert_close(unload(deepcopy(model), merge=True)(x), want, atol=1e-5, rtol=1e-4)
-        same(unmerge(merge(deepcopy(model)))(x), want)
+        same(unmerge_adapters(merge_adapters(deepcopy(model)))(x), want)
         same(unload(deepcopy(model))(x), base(x))
         same(pickle.loads(pickle.dumps(model))(x), want)
     assert [type(m) for m in unload(deepcopy(model)).modules()]==[type(m) for m in base.modules()]
@@ -689,3 +697,37 @@ def test_reading_a_weight_is_told_from_asking_for_its_type():
 def test_heads_by_their_usual_names(names):
     net = nn.ModuleDict({n:nn.Linear(2, 2) for n in ['backbone','lm_head',*names]})
     assert head_names(net)==names
+
+# --- resizing
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), unique=True, min_size=1, max_size=6), st.integers(0, 9999))
+def test_pruning_drops_what_is_not_listed_and_nothing_else(keep, seed):
+    _,lora = qkv_layer(12, 8, (6,2,0), 'sqrt', seed)
+    A,B,s,other = lora.lora_A['q'].detach(),lora.lora_B['q'].detach(),lora.scaling['q'],lora.site_delta('k').detach()
+    lora.lora_A['q'].requires_grad_(False)
+    lora.resize('q', keep)
+    assert lora.rank('q')==len(keep) and not lora.lora_A['q'].requires_grad and lora.lora_B['q'].requires_grad
+    assert_close(lora.site_delta('q'), s*B[:,keep]@A[keep])
+    same(lora.site_delta('k').detach(), other)
+
+def test_a_layer_without_sites_is_plain_again(adapted):
+    base = vit()
+    resize(adapted, {n:[] for n in current_ranks(adapted)})
+    assert not adapted_layers(adapted) and list(adapted.state_dict())==list(base.state_dict())
+    with torch.no_grad(): same(adapted(images()), base(images()))
+
+@pytest.mark.parametrize('keep', [[4],[0,0],[-1],1,65,'1',None,2.])
+def test_a_resize_that_cannot_be_is_refused_before_anything_changes(adapted, keep):
+    ranks = current_ranks(adapted)
+    with raises('blocks.0.attn.qkv.k has rank 1: keep a list'): resize(adapted, {'blocks.0.attn.qkv.v':[0], 'blocks.0.attn.qkv.k':keep})
+    with raises('no.such has no adapter'): resize(adapted, {'no.such':[0]})
+    with raises('merged'): resize(merge_adapters(adapted), {'blocks.0.attn.qkv.v':[0]})
+    assert current_ranks(adapted)==ranks
+
+def test_growing_keeps_the_function(adapted):
+    x,r = images(),current_ranks(adapted)
+    with torch.no_grad():
+        want = adapted(x)
+        assert_close(resize(adapted, {n:k+2 for n,k in r.items()})(x), want, atol=1e-5, rtol=1e-5)
+    assert current_ranks(adapted)=={n:k+2 for n,k in r.items()}
