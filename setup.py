@@ -17,7 +17,7 @@ setup(
     version=version, description=s['description'], keywords=s['keywords'].split(),
     long_description=(root/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     license='Apache-2.0', author=s['author'], author_email=s['author_email'],
-    packages=find_packages(include=['fclora', 'fclora.*']), package_data={'fclora': ['weights/*']},
+    packages=find_packages(include=['fclora', 'fclora.*']), package_data={'fclora': ['weights/*', 'commands.json']},
     python_requires=f">={s['min_python']}", install_requires=s['requirements'].split(),
     extras_require=extras,
     entry_points=dict(console_scripts=s['console_scripts'].split('\n')),

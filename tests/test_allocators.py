@@ -1,15 +1,10 @@
-"Properties of water-filling and its controls, and the Plan on disk"
-import itertools,json
-from copy import deepcopy
-from dataclasses import replace
-from importlib.metadata import version
-import matplotlib; matplotlib.use('Agg')
-import matplotlib.pyplot as plt, numpy as np, pytest, timm, torch
+"Properties of water-filling and its controls"
+import itertools
+import numpy as np, pytest
 from hypothesis import assume,given,settings,strategies as st
-from matplotlib.axes import Axes
-from fclora.lora import *
-from fclora.scorers import composite
-from fclora.allocators import *
+from fclora.allocators.controls import *
+from fclora.allocators.waterfill import *
+from fclora.sites import Site
 
 cases = settings(max_examples=80, deadline=None)
 def raises(piece): return pytest.raises(ValueError, match=piece)
@@ -153,6 +148,29 @@ def test_controls_never_spend_more_parameters_than_given(p, seed):
         assert all(lo[n]<=r[n]<=hi[n] for n in scores)
         assert all(r[n]==hi[n] or spent(r, costs)+costs[n]>budget for n in scores) and spent(r, costs)<=budget
 
+def by_trying(classes, budget):
+    "Every choice of ranks a class: the best amount, and of the choices that reach it the one nearest to what is wanted, cheapest class first"
+    choices = itertools.product(*[range(c.fewest, c.most+1) for c in classes])
+    def price(ns): return sum(n*c.price for n,c in zip(ns, classes))
+    within = [ns for ns in choices if price(ns)<=budget]
+    best = max(map(price, within))
+    def distance(ns): return [(abs(n-c.wanted), n) for n,c in zip(ns, classes)]
+    return min((ns for ns in within if price(ns)==best), key=distance)
+
+@st.composite
+def class_problems(draw):
+    prices = draw(st.lists(st.sampled_from([2,3,4,6,10,15]), min_size=1, max_size=4, unique=True))
+    spans = [(draw(st.integers(0, 4)), draw(st.integers(0, 5))) for _ in prices]
+    classes = [PriceClass(p, lo, lo+more, draw(st.floats(lo, lo+more))) for p,(lo,more) in zip(sorted(prices), spans)]
+    need,room = (sum(c.price*getattr(c, o) for c in classes) for o in ('fewest','most'))
+    return classes,draw(st.integers(need, room))
+
+@cases
+@given(class_problems())
+def test_ranks_of_price_classes_are_those_that_trying_everything_finds(p):
+    classes,budget = p
+    assert list(class_ranks(classes, budget).items())==[(c.price, n) for c,n in zip(classes, by_trying(classes, budget))]
+
 # --- controls
 
 @cases
@@ -179,6 +197,17 @@ def test_random_ranks_depend_on_the_seed_and_reach_every_site():
 
 @cases
 @given(problems())
+def test_inverse_holds_the_budget_and_turns_the_order_round(p):
+    scores,budget,lo,hi,_ = p
+    r = inverse(scores, budget, lo, hi)
+    assert sum(r.values())==budget and r==waterfill(mirrored(scores), budget, lo, hi)
+    few,many = min(lo.values()),max(hi.values())
+    r = inverse(scores, few*len(scores)+(many-few)*len(scores)//2, few, many)
+    for a,b in itertools.permutations(scores, 2):
+        if scores[a]>scores[b]+1e-6*max(scores.values()): assert r[a]<=r[b]
+
+@cases
+@given(problems())
 def test_naive_rounding_stays_within_bounds(p):
     scores,budget,lo,hi,_ = p
     r = naive_proportional(scores, budget, lo, hi)
@@ -194,155 +223,17 @@ def test_rank_caps_are_the_narrower_of_bound_and_width():
 
 # --- bad input
 
-allocators = dict(waterfill=lambda n,*a: waterfill(dict.fromkeys(n, 1.), *a), uniform=uniform, random=random_ranks)
-
-@pytest.mark.parametrize('f', allocators.values(), ids=allocators)
-def test_a_budget_that_does_not_fit_names_the_range(f):
-    names = list(named(range(36)))
+@pytest.mark.parametrize('name', ['waterfill','uniform','random','inverse'])
+def test_a_budget_that_does_not_fit_names_the_range(name):
+    f,two = allocators[name],dict(a=1., b=1.)
     for budget in (35,577,-1):
-        with raises(rf'a budget of {budget} ranks does not fit 36 sites with 1..16 ranks each: give a budget in 36..576'): f(names, budget, 1, 16)
-    with raises(r'a budget of 99 parameters does not fit 2 sites with 1..4 ranks each: give a budget in 100..400'):
-        f(['a','b'], 99, 1, 4, dict(a=60, b=40))
-    with raises(r'bounds of b are 3\.\.2; they must be whole numbers with 0 <= lower <= upper'): f(['a','b'], 5, dict(a=1, b=3), dict(a=2, b=2))
-    with raises('bounds of a are -1..4'): f(['a','b'], 5, -1, 4)
+        with raises(rf'a budget of {budget} ranks does not fit 36 sites with 1..16 ranks each: give a budget in 36..576'): f(named([1.]*36), budget, 1, 16)
+    with raises(r'a budget of 99 parameters does not fit 2 sites with 1..4 ranks each: give a budget in 100..400'): f(two, 99, 1, 4, dict(a=60, b=40))
+    with raises(r'bounds of b are 3\.\.2; they must be whole numbers with 0 <= lower <= upper'): f(two, 5, dict(a=1, b=3), dict(a=2, b=2))
+    with raises('bounds of a are -1..4'): f(two, 5, -1, 4)
 
 @pytest.mark.parametrize('v', [float('nan'),float('inf'),-1.])
-@pytest.mark.parametrize('f', [waterfill,naive_proportional])
+@pytest.mark.parametrize('f', [waterfill,inverse,naive_proportional])
 def test_scores_that_are_no_numbers_name_the_site(f, v):
     with raises(rf'score of c must be a finite number of at least 0, got {v}'): f(dict(a=1., b=0., c=v), 6)
     with raises('there are no scores'): f({}, 6)
-
-# --- the Plan
-
-@pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    return timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4)
-
-@pytest.fixture
-def sites(model): return find_sites(model)
-@pytest.fixture
-def stats(sites):
-    rng = np.random.default_rng(0)
-    return {m:{s.name:float(v) for s,v in zip(sites, rng.lognormal(0, 1, len(sites)))} for m in ('fisher','grad','cov')}
-@pytest.fixture
-def plan(sites, stats): return make_plan('test_vit', sites, stats, budget=60, settings=dict(n_batches=8))
-
-def rewrite(path, change):
-    "Edit the JSON at `path` as a user would"
-    d = json.loads(path.read_text())
-    change(d)
-    path.write_text(json.dumps(d))
-    return path
-
-def test_make_plan_holds_what_the_parts_say(plan, sites, stats):
-    assert plan.scores==composite(stats) and plan.metrics==stats and plan.sites==sites
-    assert plan.ranks==waterfill(plan.scores, 60) and plan.total_rank==60 and plan.adapter_params==60*128
-    assert plan.settings==dict(weights=dict(fisher=.6, grad=.2, cov=.2), normaliser='minmax', seed=0, n_batches=8)
-    assert {'fclora','torch','timm','fastai'}<=set(plan.versions) and plan.versions['torch']==version('torch')
-
-@pytest.mark.parametrize('method', ['fclora','uniform','random','inverse','naive'])
-@pytest.mark.parametrize('unit', ['ranks','params'])
-def test_save_and_load_give_the_same_plan(sites, stats, tmp_path, method, unit):
-    if (method,unit)==('naive','params'): return
-    plan = make_plan('test_vit', sites, stats if method in ('fclora','inverse','naive') else None, method, 60 if unit=='ranks' else 60*128, unit, seed=3)
-    assert plan.save(tmp_path/'new/plan.json')==tmp_path/'new/plan.json'
-    assert Plan.load(tmp_path/'new/plan.json')==plan
-    assert [o.name for o in (tmp_path/'new').iterdir()]==['plan.json']   # no temporary file stays
-    assert method=='naive' or plan.adapter_params==60*128
-
-def test_an_edited_rank_counts(plan, tmp_path):
-    path = rewrite(plan.save(tmp_path/'p.json'), lambda d: d['sites'][4].update(rank=11))
-    new = Plan.load(path)
-    assert new.ranks[plan.sites[4].name]==11 and {**new.ranks, plan.sites[4].name:plan.ranks[plan.sites[4].name]}==plan.ranks
-    assert new.total_rank==60-plan.ranks[plan.sites[4].name]+11
-
-@pytest.mark.parametrize('r', [65,-1,2.5,'4',None])
-def test_an_edited_rank_that_cannot_be_is_an_error(plan, tmp_path, r):
-    path = rewrite(plan.save(tmp_path/'p.json'), lambda d: d['sites'][4].update(rank=r))
-    with raises('rank of blocks.1.attn.qkv.k must be a whole number in 0..64'): Plan.load(path)
-
-damage = dict(
-    top_key=(lambda d: d.pop('budget'), "is not a Plan: KeyError 'budget'"),
-    no_format=(lambda d: d.pop('format'), "is not a Plan: KeyError 'format'"),
-    rank=(lambda d: d['sites'][3].pop('rank'), "is not a Plan: KeyError 'rank'"),
-    metric=(lambda d: d['sites'][3].pop('grad'), "is not a Plan: KeyError 'grad'"),
-    no_sites=(lambda d: d['sites'].clear(), 'is not a Plan'), sites_text=(lambda d: d.update(sites='abc'), 'is not a Plan'),
-    site_text=(lambda d: d.update(sites=['abc']), 'is not a Plan'), sites_null=(lambda d: d.update(sites=None), 'is not a Plan'),
-    width_text=(lambda d: d['sites'][3].update(d_in='64'), 'p.json is not a Plan'),
-    width_null=(lambda d: d['sites'][3].update(d_out=None), 'p.json is not a Plan'),
-    name_twice=(lambda d: d['sites'].append(d['sites'][0]), 'blocks.0.attn.qkv.q.*twice'),
-    newer=(lambda d: d.update(format=2), 'p.json has format 2, made by a newer fclora; this one reads format 1'))
-
-@pytest.mark.parametrize('change,piece', damage.values(), ids=damage)
-def test_a_damaged_plan_is_one_clear_error(plan, tmp_path, change, piece):
-    with raises(piece): Plan.load(rewrite(plan.save(tmp_path/'p.json'), change))
-
-@pytest.mark.parametrize('text', ['','{"format": 1,','[1, 2]','"x"','null','3',b'\xff\xfe\x00'])
-def test_what_is_no_plan_is_said_to_be_none(tmp_path, text):
-    (tmp_path/'p.json').write_bytes(text if isinstance(text, bytes) else text.encode())
-    with raises('p.json is not a Plan: '): Plan.load(tmp_path/'p.json')
-
-def test_a_truncated_file_and_a_missing_one(plan, tmp_path):
-    path = plan.save(tmp_path/'p.json')
-    path.write_text(path.read_text()[:-200])
-    with raises('p.json is not a Plan: '): Plan.load(path)
-    with pytest.raises(FileNotFoundError, match='no Plan at .*q.json'): Plan.load(tmp_path/'q.json')
-
-def test_a_failing_save_keeps_the_old_file(plan, tmp_path):
-    old = plan.save(tmp_path/'p.json').read_text()
-    with pytest.raises(TypeError): replace(plan, settings=dict(x=object())).save(tmp_path/'p.json')
-    with pytest.raises(KeyboardInterrupt):
-        with atomic_path(tmp_path/'p.json') as tmp:
-            tmp.write_text('half'); raise KeyboardInterrupt
-    assert (tmp_path/'p.json').read_text()==old and len(list(tmp_path.iterdir()))==1
-
-def test_check_accepts_the_model_plain_or_adapted_and_no_other(plan, model):
-    assert plan.check(model) is plan
-    assert plan.check(adapt(deepcopy(model), plan.ranks)) is plan
-    wide,short = timm.create_model('test_vit2', img_size=32, patch_size=8, depth=6),timm.create_model('test_vit', depth=3)
-    d = wide.blocks[0].attn.qkv.in_features
-    if d!=64:
-        with raises(f'this Plan was made for test_vit: its blocks.0.attn.qkv.q maps 64 to 64, here it maps {d} to {d}'): plan.check(wide)
-    with raises('this Plan was made for test_vit: VisionTransformer has no site blocks.3.attn.qkv.q'): plan.check(short)
-    with raises('has no site blocks.0.attn.qkv.q'): plan.check(torch.nn.Sequential(torch.nn.Linear(3, 3)))
-
-@pytest.mark.parametrize('kw', [dict(start=0),dict(path='head'),dict(kind='v'),dict(d_in=32)])
-def test_check_notices_an_edited_site(plan, model, kw):
-    with raises('this Plan was made for test_vit'): replace(plan, sites=[plan.sites[0], replace(plan.sites[1], **kw), *plan.sites[2:]]).check(model)
-
-def test_str_shows_every_rank_in_its_row_and_column(plan, sites):
-    head,blocks,*rows = str(plan).splitlines()
-    assert '60 ranks' in head and '7,680 parameters over 18 sites of test_vit' in head and blocks.split()==['block',*'012345']
-    number = lambda cell: int(''.join(c for c in cell if c.isdigit()))
-    for k,row in zip('qkv', rows, strict=True):
-        assert row[0]==k and [number(row[5+5*b:10+5*b]) for b in range(6)]==[plan.ranks[s.name] for s in sites if s.kind==k]
-
-def test_str_of_zero_ranks_and_of_gaps(model, sites):
-    some = [s for s in sites if s.name!='blocks.1.attn.qkv.k']
-    assert '0 ranks' in str(make_plan('m', some, method='uniform', budget=0, lo=0))
-    row = str(make_plan('m', some, method='uniform', budget=20)).splitlines()[3]
-    assert row[10:15]==' '*5 and row[15:20].strip()
-
-def test_plots_return_labelled_axes_with_the_numbers(plan):
-    ax = plan.plot()
-    assert isinstance(ax, Axes) and ax.get_xlabel()=='block' and '60 ranks' in ax.get_title()
-    assert sorted(int(t.get_text()) for t in ax.texts)==sorted(plan.ranks.values())
-    axs = plan.plot_metrics()
-    assert [o.get_ylabel() for o in axs]==['fisher','grad','cov'] and axs[-1].get_xlabel()=='block'
-    for o in axs: assert len(o.patches)==18 and max(b.get_height() for b in o.patches)==1 and min(b.get_height() for b in o.patches)==0
-    mine = plt.subplots()[1]
-    assert plan.plot(mine) is mine
-    plt.close('all')
-
-def test_a_plan_without_measurements_has_no_metrics_to_plot(sites):
-    with raises('this uniform plan was made without measurements'): make_plan('m', sites, method='uniform', budget=60).plot_metrics()
-
-@pytest.mark.parametrize('kw,piece', [
-    (dict(method='best'), "unknown method 'best'; there are fclora, uniform, random, inverse, naive"), (dict(unit='bytes'), "must be ranks or params, got 'bytes'"),
-    (dict(stats=None), "method 'fclora' needs measurements"), (dict(stats=None, method='naive'), "method 'naive' needs measurements"),
-    (dict(method='naive', unit='params'), 'naive rounding knows budgets in ranks only'), (dict(budget=17), 'give a budget in 18..288'),
-    (dict(budget=2303, unit='params'), 'a budget of 2303 parameters .* give a budget in 2304..36864'), (dict(weights=dict(hessian=1)), "no metric 'hessian'"),
-    (dict(how='z'), "unknown normaliser 'z'"), (dict(lo=65, hi=99, budget=2000), 'bounds of blocks.0.attn.qkv.k are 65..64')])
-def test_errors_of_make_plan(sites, stats, kw, piece):
-    with raises(piece): make_plan('test_vit', sites, **(dict(stats=stats, budget=60) | kw))

@@ -4,11 +4,15 @@ from copy import deepcopy
 import numpy as np, pytest, timm, torch
 from torch.nn import functional as F
 from torch.testing import assert_close
-from fclora import bench as B
-from fclora.bench import *
+import fclora.studies.bench as B
+from fclora.adapt import *
 from fclora.cli import main
-from fclora.lora import *
 from fclora.forecast import *
+from fclora.fused import rank_slices
+from fclora.sites import is_head
+from fclora.studies.bench import *
+from fclora.studies.contenders import *
+from fclora.studies.parts import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 kw = dict(model='vit_pico', batch_size=2, steps=2, warmup=0, rank=2, device='cpu', models='')
@@ -21,12 +25,10 @@ def setup(**o): return Setup(**dict(dict(net=tiny(), batch_size=2, steps=2, warm
 
 # --- pure helpers
 
-def test_every_round_runs_all_each_beginning_with_another():
-    seen,after = [],[]
-    times = interleave({k:lambda k=k: seen.append(k) for k in 'abc'}, 4, 2, after=lambda: after.append(1))
-    rounds = [seen[i:i+3] for i in range(0, 18, 3)]
-    assert [r[0] for r in rounds]==list('abcabc') and all(sorted(r)==list('abc') for r in rounds)
-    assert len(after)==18 and {k:len(v) for k,v in times.items()}==dict(a=4, b=4, c=4) and min(map(min, times.values()))>=0
+def test_after_is_called_untimed_after_every_function():
+    after = []
+    interleave(dict.fromkeys('abc', int), 4, 2, after=lambda: after.append(1))
+    assert len(after)==18
 
 def test_ratios_are_those_within_rounds():
     times = dict(full=[1.,2.,4.], ours=[.5,1.5,2.])
@@ -40,7 +42,7 @@ def test_compared_with_the_full_one_of_the_same_model():
 
 def test_kept_bytes_are_those_of_the_arithmetic():
     net,x = tiny(),torch.randn(8, 3, 32, 32)
-    for m in (net, freeze(deepcopy(net)), B._naive(deepcopy(net), 2)):
+    for m in (net, freeze(deepcopy(net)), by_hand(deepcopy(net), 2)):
         assert kept_bytes(m.train(), x)/8==pytest.approx(step_cost(m, (3,32,32))['kept_bytes'], rel=.15) # attention keeps less on a CPU than on the meta device
 
 def test_sweep_points_differ_from_the_base_in_one_respect():
@@ -49,9 +51,11 @@ def test_sweep_points_differ_from_the_base_in_one_respect():
 
 # --- contenders
 
+def is_adapter(name): return '.lora_A.' in name or '.lora_B.' in name
+
 def filled(model, seed=0):
     g = torch.Generator().manual_seed(seed)
-    for l in lora_layers(model).values():
+    for l in adapted_layers(model).values():
         for p in l.lora_B.values(): p.data.normal_(std=.1, generator=g)
     return model
 
@@ -82,7 +86,7 @@ def test_all_start_as_the_same_model(batch, made):
 
 def test_naive_and_checkpointed_have_the_gradients_of_fclora(batch, made):
     ours,hand,saved = filled(made['fclora']()),made['naive'](),filled(made['fclora checkpointed']())
-    for p,l in lora_layers(ours).items():
+    for p,l in adapted_layers(ours).items():
         h = hand.get_submodule(p)
         for k in l.sites: h.lora_A[k].data,h.lora_B[k].data = l.lora_A[k].data.clone(),l.lora_B[k].data.clone()
     saved.load_state_dict(ours.state_dict())
@@ -94,14 +98,15 @@ def test_naive_and_checkpointed_have_the_gradients_of_fclora(batch, made):
 def test_peft_on_fused_qkv_has_the_gradients_of_fclora(batch, made):
     ours,peft = filled(made['fclora']()),made['peft fused']()
     pl = {n:m for n,m in peft.named_modules() if hasattr(m, 'lora_A') and hasattr(m, 'base_layer')}
-    for p,l in lora_layers(ours).items():
+    for p,l in adapted_layers(ours).items():
         m,(A,sB) = pl[f'base_model.model.{p}'],l.factors()
         m.lora_A['default'].weight.data,m.lora_B['default'].weight.data = A.detach().clone(),(sB/m.scaling['default']).detach()
     (out,g),(peft_out,peft_g) = gradients(ours.train(), *batch),gradients(peft.train(), *batch)
     assert_same(peft_out, out)
-    for p,l in lora_layers(ours).items():
+    for p,l in adapted_layers(ours).items():
         gA,gB = (peft_g[f'base_model.model.{p}.lora_{o}.default.weight'] for o in 'AB')
-        for rows,k,s in l.places():
+        for k,rows in rank_slices(l).items():
+            s = l.sites[k]
             assert_same(gA[rows], g[f'{p}.lora_A.{k}'])
             assert_same(gB[s.rows,rows]*pl[f'base_model.model.{p}'].scaling['default']/l.scaling[k], g[f'{p}.lora_B.{k}'])
     assert_same(peft_g['base_model.model.head.modules_to_save.default.weight'], g['head.weight'])
@@ -117,13 +122,13 @@ def test_peft_on_split_projections_has_the_gradients_of_fclora(batch, made):
             except AttributeError: q = base.get_parameter('.base_layer.'.join(n.rsplit('.', 1)))
             q.data = p.data.clone()
     pl = lambda p: peft.model.base_model.model.get_submodule(p)
-    for p,l in lora_layers(ours.model).items():
+    for p,l in adapted_layers(ours.model).items():
         k, = l.sites
         assert pl(p).scaling['default']==pytest.approx(l.scaling[k])
         pl(p).lora_A['default'].weight.data,pl(p).lora_B['default'].weight.data = l.lora_A[k].data.clone(),l.lora_B[k].data.clone()
     (out,g),(peft_out,peft_g) = gradients(ours.train(), *batch),gradients(peft.train(), *batch)
     assert_same(peft_out, out)
-    for p,l in lora_layers(ours.model).items():
+    for p,l in adapted_layers(ours.model).items():
         for o in 'AB': assert_same(peft_g[f'model.base_model.model.{p}.lora_{o}.default.weight'], g[f'model.{p}.lora_{o}.{next(iter(l.sites))}'])
 
 def test_frozen_gives_the_head_the_gradients_of_a_linear_probe(batch, made):
@@ -139,7 +144,7 @@ def test_frozen_sends_the_gradient_down_to_the_first_block(batch, made):
     assert got and got[0]>0
 
 def test_ranks_and_the_lowest_block_are_those_asked_for(made):
-    assert {b for p,l in lora_layers(made['fclora top']()).items() for b in [int(p.split('.')[1])]}=={1}
+    assert {b for p,l in adapted_layers(made['fclora top']()).items() for b in [int(p.split('.')[1])]}=={1}
     count = lambda m: sum(p.numel() for n,p in m.named_parameters() if is_adapter(n))
     assert count(made['fclora']())==count(made['naive']())==count(made['fclora split']())==count(made['peft split']())
 
@@ -164,13 +169,13 @@ def test_a_part_has_rows_with_positive_numbers(part):
 
 def test_calibration_goes_on_without_torchmetrics(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchmetrics.functional.classification', None)
-    assert 'ece of torchmetrics' not in B._calibration(setup(steps=1), n=500, c=5)['rows']
+    assert 'ece of torchmetrics' not in bench_calibration(setup(steps=1), n=500, c=5)['rows']
     monkeypatch.undo()
-    assert 'ece of torchmetrics' in B._calibration(setup(steps=1), n=500, c=5)['rows']
+    assert 'ece of torchmetrics' in bench_calibration(setup(steps=1), n=500, c=5)['rows']
 
 def test_sweep_over_points_and_models(monkeypatch):
     monkeypatch.setattr(B, 'sweep_points', lambda bs,rank: [('kinds', ('q','v'), dict(depth=1, width=64, batch=1, rank=1, kinds=('q','v')))])
-    rows = B._sweep(setup(steps=1, batch_size=1, models=('vit_pico',)))['rows']
+    rows = bench_sweep(setup(steps=1, batch_size=1, models=('vit_pico',)))['rows']
     assert list(rows)==['kinds q+v','vit_pico'] and rows['kinds q+v']['total_rank']==2 and rows['vit_pico']['axis']=='model'
     bench_table(dict(rows=rows))
 
@@ -205,7 +210,7 @@ def test_what_stops_a_part_keeps_those_before(quick, tmp_path, monkeypatch):
     (dict(rank=0), '--rank'), (dict(rank=999), 'rank of blocks.0.attn.qkv.q must be'), (dict(threads=0), '--threads'), (dict(models='vit_pico,vit_nano', parts='sweep'), 'no model')])
 def test_bad_input_is_one_clear_error_before_anything_runs(args, piece, monkeypatch):
     def ran(*a): raise AssertionError('it ran')
-    monkeypatch.setattr(B, '_run_part', ran)
+    monkeypatch.setattr(B, 'run_part', ran)
     with pytest.raises(ValueError, match=piece.replace('.', r'\.')): bench(**dict(dict(kw, parts='scoring'), **args))
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')

@@ -10,10 +10,13 @@ from torch import nn
 import torch.nn.functional as F
 from timm.models import metaformer as mf, mlp_mixer as mlps, mvitv2 as mvits
 from torch.testing import assert_close
-from fclora.lora import *
-from fclora.scorers import *
-from fclora.scorers import _record
-from fclora.allocators import *
+from fclora.sites import *
+from fclora.find import *
+from fclora.adapt import *
+from fclora.files import *
+from fclora.scorers.measure import *
+from fclora.plan import *
+from fclora.make_plan import *
 
 warnings.filterwarnings('ignore')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -157,7 +160,7 @@ def params(model): return {n:p.detach().clone() for n,p in model.named_parameter
 def go_through(model, batches, ks):
     "Sites of the kinds `ks`, after scoring, allocating, training, merging and saving them"
     sites,base,before = find_sites(model, ks),deepcopy(model).eval(),out(model, batches[0])
-    stats = site_stats(model, batches, sites)
+    stats = measure(model, batches, sites)
     assert set(stats)=={'fisher','grad','cov'} and all(v>=0 for m in stats.values() for v in m.values())
     silent = [n for n,v in stats['fisher'].items() if not v]   # a single token has no use for q and k; SigLIP's pooling head may not be asked
     assert len(silent)<=len(sites)/3
@@ -170,7 +173,7 @@ def go_through(model, batches, ks):
     train_a_step(model, batches[1])
     after = out(model, batches[0])
     assert (after-before).abs().max()>1e-6
-    near(out(merge(deepcopy(model)), batches[0]), after)
+    near(out(merge_adapters(deepcopy(model)), batches[0]), after)
     near(out(unload(deepcopy(model), merge=True), batches[0]), after)
     again = adapt(deepcopy(base), plan.ranks)
     assert not again.load_state_dict(adapter_state(model), strict=False).unexpected_keys
@@ -187,8 +190,8 @@ def train_a_step(model, batch):
         batch_loss(model, batch, F.cross_entropy).backward()
         opt.step(); opt.zero_grad()
     moved = {n for n,p in model.named_parameters() if not torch.equal(p, before[n])}
-    wanted = {n for n in before if is_adapter(n) or is_head(n, head_names(model))}
-    assert moved<=wanted and sum(is_adapter(n) for n in moved)>.6*sum(is_adapter(n) for n in wanted)
+    ours,heads = adapter_params(model).keys(),head_names(model)
+    assert all(n in ours or is_head(n, heads) for n in moved) and len(moved&ours)>.6*len(ours)
 
 def can(model, kind):
     try: return bool(find_sites(model, (kind,)))
@@ -221,7 +224,7 @@ def test_the_stored_table_says_what_the_walk_finds(library, family):
 def test_the_stored_table_has_no_other_rows():
     assert [(r['library'], r['family']) for r in json.loads(stored.read_text())]==list(every())
 
-class Watch:
+class SeenAttention:
     "Arguments of every attention and softmax while the block lasts"
     def __enter__(self):
         self.seen,self.patch = [],pytest.MonkeyPatch()
@@ -245,8 +248,8 @@ def test_rows_of_fused_layers_are_those_that_reach_the_attention_as_query_key_an
     paths = [s.path for s in find_sites(model)]
     sites = [s for s in find_sites(model) if paths.count(s.path)>1]
     sites = [s for s in sites if s.path==sites[0].path]
-    with preserved(model), Watch() as w, _record(model, sites) as calls: batch_loss(model, batches[0], F.cross_entropy)
-    out = calls[sites[0].path][0][1]
+    with preserved(model), SeenAttention() as w, watch(model, sites) as products: batch_loss(model, batches[0], F.cross_entropy)
+    out = products[sites[0].path][0].y
     rows = {s.kind:set(torch.arange(len(site_weight(model, s)))[s.rows].tolist()) for s in sites}
     got = [r for a in w.seen if any(r := [rows_behind(t, out, 1 if out.ndim==4 and isinstance(model.get_submodule(sites[0].path), nn.Conv2d) else -1) for t in a])]
     assert got, 'the fused layer reaches no attention'
@@ -258,10 +261,11 @@ plain_torch = """
 import sys
 sys.modules['fastai'] = None                      # importing it would fail
 import torch, torch.nn.functional as F
-from fclora.lora import *
-from fclora.scorers import *
-from fclora.allocators import *
-from fclora.calibration import *
+from fclora.find import *
+from fclora.adapt import *
+from fclora.scorers.measure import *
+from fclora.make_plan import *
+from fclora.calibration.temperature import *
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -269,7 +273,7 @@ class Net(torch.nn.Module):
     def forward(self, x): return self.head(self.q(x).tanh()*self.v(x))
 torch.manual_seed(0)
 model,batches = Net(),[(torch.randn(6, 8), torch.randint(3, (6,))) for _ in range(4)]
-plan = make_plan('Net', find_sites(model), site_stats(model, batches), budget=4)
+plan = make_plan('Net', find_sites(model), measure(model, batches), budget=4)
 freeze(adapt(model, plan.ranks))
 opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 for b in batches:

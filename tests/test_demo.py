@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from conftest import QUICK, make_images
-from fclora.cli import main, predict
+from fclora.cli import main
+from fclora.runs.use import predict
 
 gr = pytest.importorskip('gradio', reason="needs gradio: pip install 'fclora[demo]'")
 
@@ -32,7 +33,7 @@ def pictures(tmp_path):
 def probabilities(run, *files): return [{o['class']:o['probability'] for o in r['top']} for r in predict(str(run), *files, top_k=99, format='jsonl')]
 
 def test_the_page_says_what_predict_says(shop, pictures):
-    from fclora.deploy import demo_app
+    from fclora.deploy.demo import demo_app
     app = demo_app(shop)
     for f,want in zip(pictures, probabilities(shop, *pictures)): assert app.fn(str(f))==pytest.approx(want, abs=1e-6)
     assert app.fn(None) is None

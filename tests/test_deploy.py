@@ -1,18 +1,22 @@
-"What leaves computes what the run computes, needs no fclora, and says clearly what it cannot do"
+"An exported model computes what the run computes, needs no fclora, and says clearly what it cannot do"
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from torch.testing import assert_close
 from conftest import QUICK, make_images
-import fclora.deploy as deploy
-from fclora.artifacts import load_model
-from fclora.bank import AdapterBank, BankLinear
-from fclora.cli import main, predict
-from fclora.data import load_batch
-from fclora.deploy import export_onnx, export_program, onnx_model, random_pixels
-from fclora.learner import create_backbone, image_config
-from fclora.lora import LoRALinear, adapt, find_sites, lora_layers
+import fclora
+import fclora.deploy.bank as bank_room, fclora.deploy.int8 as int8_room, fclora.deploy.onnx as onnx_room
+from fclora.adapt import adapt, adapted_layers
+from fclora.backbones import create_backbone, image_config
+from fclora.cli import main
+from fclora.deploy.bank import AdapterBank, BankLinear
+from fclora.deploy.int8 import export
+from fclora.deploy.onnx import export_onnx, export_program, metadata, onnx_model, random_pixels
+from fclora.find import find_sites
+from fclora.lora import LoRA, adapters
+from fclora.runs.folder import load_model
+from fclora.runs.use import predict
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -99,14 +103,14 @@ def test_metadata_says_everything(runs, onnx):
     got = {k:json.loads(meta[k]) for k in ('classes','input_size','mean','std','T','calibrated')}
     img = cfg['image']
     assert got==dict(classes=['cat','dog'], input_size=[3,32,32], mean=list(img['mean']), std=list(img['std']), T=cfg['T'], calibrated=True)
-    assert (meta['interpolation'],meta['output'],meta['model'],meta['fclora'])==(img['interpolation'], 'probabilities', 'vit_pico', deploy.__version__)
+    assert (meta['interpolation'],meta['output'],meta['model'],meta['fclora'])==(img['interpolation'], 'probabilities', 'vit_pico', fclora.__version__)
 
 @pytest.mark.parametrize('name,kw', [('test_vit',{}), ('test_efficientnet',{}), ('deit_tiny_distilled_patch16_224',dict(size=64, one_head=True))])
 def test_other_architectures_from_memory(name, kw, tmp_path):
     torch.manual_seed(0)
     model = create_backbone(name, 5, pretrained=False, **kw).eval()
     if 'vit' in name or 'deit' in name: adapt(model, {s.name:2 for s in find_sites(model)})
-    for l in lora_layers(model).values():
+    for l in adapted_layers(model).values():
         for B in l.lora_B.values(): torch.nn.init.normal_(B, std=.1)
     before = {k:v.clone() for k,v in model.state_dict().items()}
     cfg = dict(classes=list('abcde'), image=image_config(model), model=dict(name=name), T=.5)
@@ -114,8 +118,8 @@ def test_other_architectures_from_memory(name, kw, tmp_path):
     assert f.stat().st_size>1e5 and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
 
 def test_an_export_that_differs_is_not_written(runs, tmp_path, monkeypatch, capsys):
-    keep = deploy.unload
-    monkeypatch.setattr(deploy, 'unload', lambda model,merge: keep(model))     # forgets to merge
+    keep = onnx_room.unload
+    monkeypatch.setattr(onnx_room, 'unload', lambda model,merge: keep(model))     # forgets to merge
     assert main(['export', str(runs['two']), str(tmp_path/'m.onnx')])==1
     err = capsys.readouterr().err
     assert 'differs from the model by' in err and 'batch size 1' in err and err.count('\n')==1
@@ -124,7 +128,7 @@ def test_an_export_that_differs_is_not_written(runs, tmp_path, monkeypatch, caps
 # --- int8
 
 def test_int8_is_smaller_and_its_price_is_reported(runs, tmp_path, capsys):
-    t = deploy.export(runs['two'], tmp_path/'q.onnx', 'onnx-int8')
+    t = export(runs['two'], tmp_path/'q.onnx', 'onnx-int8')
     out = capsys.readouterr().out
     assert list(t.index)==['fp32','int8'] and list(t)==['MiB','accuracy','NLL','ECE','same class']
     test = json.loads((runs['two']/'metrics.json').read_text())['test']
@@ -134,10 +138,10 @@ def test_int8_is_smaller_and_its_price_is_reported(runs, tmp_path, capsys):
     q,px = onnx_model(tmp_path/'q.onnx'),random_pixels(4, 32)
     want = said(runs['two'], px)
     assert 0<(q(px)-want).abs().max()<.2*want.abs().max()
-    assert {k:v for k,v in q.meta.items() if not k.startswith('onnx.')}=={**deploy.metadata(load_model(runs['two'])[1])}
+    assert {k:v for k,v in q.meta.items() if not k.startswith('onnx.')}==metadata(load_model(runs['two'])[1])
 
 def test_int8_is_measured_on_other_images_or_not_made(runs, onnx, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(deploy, 'export_onnx', lambda run,out,*a: shutil.copy(onnx, out))
+    monkeypatch.setattr(int8_room, 'export_onnx', lambda run,out,*a: shutil.copy(onnx, out))
     gone = tmp_path/'run'
     shutil.copytree(runs['two'], gone)
     d = json.loads((gone/'fclora.json').read_text())
@@ -170,10 +174,10 @@ def test_force_replaces_and_raw_logits_need_no_temperature(runs, tmp_path):
 def test_a_missing_extra_is_named(module, args, extra, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     assert main([a.format(run=runs['two'], tmp=tmp_path) for a in args])==1
-    assert capsys.readouterr().err==f"fclora: error: {module} is not installed, and this needs it: pip install 'fclora[{extra}]'\n"
+    assert capsys.readouterr().err==f"fclora: error: this needs {module}: pip install 'fclora[{extra}]'\n"
 
 def test_modules_import_without_the_extras():
-    for f in Path(deploy.__file__).parent.glob('*.py'):
+    for f in Path(fclora.__file__).parent.rglob('*.py'):
         top = [a.name for n in ast.parse(f.read_text(encoding='utf-8')).body if isinstance(n, ast.Import) for a in n.names]
         top += [n.module for n in ast.parse(f.read_text(encoding='utf-8')).body if isinstance(n, ast.ImportFrom) and n.module]
         assert not {o.split('.')[0] for o in top}&{'onnx','onnxscript','onnxruntime','gradio'}, f
@@ -223,7 +227,7 @@ def test_one_base_weight_is_enough_to_be_refused(runs, monkeypatch):
         model,cfg = load_model(run)
         if run==runs['three']: model.blocks[3].mlp.fc1.weight.data[0,0] += 1e-6
         return model,cfg
-    monkeypatch.setattr('fclora.bank.load_model', load)
+    monkeypatch.setattr(bank_room, 'load_model', load)
     with pytest.raises(ValueError, match='three and two were trained on different base weights'): AdapterBank({k:runs[k] for k in ('two','three')})
 
 def test_what_a_bank_refuses(runs, bank, tmp_path, monkeypatch):
@@ -232,8 +236,30 @@ def test_what_a_bank_refuses(runs, bank, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='1 names for 2 images'): bank(x, ['two'])
     with pytest.raises(ValueError, match='at least one'): AdapterBank({})
     with pytest.raises(ValueError, match='no temperature'): AdapterBank(dict(un=unfinished(runs['two'], tmp_path/'un')))
-    class Other(LoRALinear): pass
-    model,cfg = load_model(runs['two'])
-    next(iter(lora_layers(model).values())).__class__ = Other
-    monkeypatch.setattr('fclora.bank.load_model', lambda *a: (model,cfg))
-    with pytest.raises(ValueError, match='adapters of linear layers'): AdapterBank(dict(two=runs['two']))
+
+def test_a_bank_takes_no_other_adapter(runs, monkeypatch):
+    class Other(LoRA): pass
+    monkeypatch.setitem(adapters, 'other', Other)
+    model,cfg = load_model(runs['head'])
+    adapt(model, {s.name:1 for s in find_sites(model)}, adapter='other')
+    monkeypatch.setattr(bank_room, 'load_model', lambda *a: (model,cfg))
+    with pytest.raises(ValueError, match='a bank takes LoRA on linear layers.*is a Other'): AdapterBank(dict(head=runs['head']))
+
+class Bent(LoRA):
+    "h = W0 x + s B tanh(A x), which no weight can hold"
+    mergeable = False
+    def update(self, x):
+        A,sB = self.factors()
+        return (x@A.T).tanh()@sB.T
+
+def test_an_adapter_that_cannot_be_merged_is_exported_as_it_is(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(adapters, 'bent', Bent)
+    model,cfg = load_model(runs['head'])
+    adapt(model, {s.name:2 for s in find_sites(model)}, adapter='bent')
+    for l in adapted_layers(model).values():
+        for B in l.lora_B.values(): torch.nn.init.normal_(B, std=.1)
+    plain = export_onnx(runs['head'], tmp_path/'plain.onnx')
+    bent = export_onnx((model,cfg), tmp_path/'bent.onnx')      # compared with the model as it is written
+    px = random_pixels(3, 32)
+    assert (onnx_model(bent)(px)-onnx_model(plain)(px)).abs().max()>1e-3
+    assert all(type(l).__name__.startswith('Bent') for l in adapted_layers(model).values())

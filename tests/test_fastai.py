@@ -15,7 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from conftest import make_images
-from fclora.all import *
+from fclora.adapt import adapter_params, adapter_state, count_params
+from fclora.backbones import create_backbone, image_config
+from fclora.data.loaders import get_dls
+from fclora.data.sources import load_images
+from fclora.find import find_sites
+from fclora.make_plan import make_plan
+from fclora.plan import Plan
+from fclora.train.learner import fclora_learner
+from fclora.train.logits import get_logits
+from fclora.train.recipe import recipe
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')]
 page = Path(__file__).parent.parent/'nbs/tutorials/10_with_fastai.ipynb'
@@ -37,12 +46,17 @@ def in_tmp(tmp_path, monkeypatch):
     import matplotlib; matplotlib.use('agg')
     monkeypatch.chdir(tmp_path)
 
+def backbone(seed=0):
+    torch.manual_seed(seed)
+    return create_backbone('vit_pico', 3)
+
 @pytest.fixture
 def make(images):
-    def make(method='uniform', cbs=None, bs=8, seed=0, flip=None, budget=36, **kw):
-        dls = get_dls(images, **image_config(create_backbone('vit_pico', 3)), bs=bs, flip=flip, device='cpu')
-        ranks = {} if method in ('head','full') else dict(budget=budget, score_batches=1)
-        learn = fclora_learner(dls, 'vit_pico', method=method, rcp=recipe(method, 'vit_pico', epochs=1, **kw), seed=seed, cbs=cbs, **ranks)
+    def make(regime=None, cbs=None, bs=8, seed=0, flip=None, budget=36, **kw):
+        model = backbone(seed)
+        dls = get_dls(images, **image_config(model), bs=bs, flip=flip, device='cpu')
+        plan = regime or make_plan('vit_pico', find_sites(model), method='uniform', budget=budget)
+        learn = fclora_learner(dls, model, plan, recipe(epochs=1, **kw), seed=seed, cbs=cbs)
         learn.remove_cb(ProgressCallback)
         learn.logger = lambda *a: None
         return learn
@@ -52,7 +66,7 @@ def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items(
 def trained(learn): return {n for n,p in learn.model.named_parameters() if p.requires_grad}
 def changed(learn, before): return {k for k,v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
 def logits(learn): return get_logits(learn.model, learn.dls.valid)[0]
-def adapters_and_head(learn): return {n for n,_ in learn.model.named_parameters() if is_adapter(n) or n.startswith('head.')}
+def adapters_and_head(learn): return {*adapter_params(learn.model), 'head.weight', 'head.bias'}
 
 # --- training
 
@@ -101,9 +115,9 @@ def test_lr_find_leaves_no_trace(make):
     assert not list(Path('models').rglob('*.pth'))
 
 @claim('`freeze`, `unfreeze`, `freeze_to`')
-@pytest.mark.parametrize('method', ['uniform','head','full'])
-def test_freezing_is_for_adapters_and_unfreezing_never_for_the_backbone(make, method):
-    learn = make(method)
+@pytest.mark.parametrize('regime', [None,'head','full'])
+def test_freezing_is_for_adapters_and_unfreezing_never_for_the_backbone(make, regime):
+    learn = make(regime)
     everything,before = trained(learn),state(learn)
     learn.freeze()
     assert {n for n in trained(learn) if 'norm' not in n}=={'head.weight','head.bias'} # fastai goes on training norms, which are free in full fine-tuning
@@ -115,7 +129,7 @@ def test_freezing_is_for_adapters_and_unfreezing_never_for_the_backbone(make, me
     before = state(learn)
     learn.fit_recipe()
     assert changed(learn, before)==everything
-    learn.freeze_to(0 if method=='head' else 1)
+    learn.freeze_to(0 if regime=='head' else 1)
     assert {n for n in trained(learn) if 'norm' not in n}=={'head.weight','head.bias'}
     with pytest.raises(ValueError, match=r'freeze_to\(2\) is out of range'): learn.freeze_to(2)
 
@@ -217,7 +231,7 @@ def test_wandb_offline(make, tmp_path, monkeypatch):
         learn.fit_recipe()
         assert run.summary['accuracy']==pytest.approx(learn.recorder.values[-1][2]) and 'lr_2' in run.summary.keys()
         assert 'Prediction_Samples' in run.summary.keys()
-        assert run.config['lora_alpha']==8
+        assert run.config['cutmix']==1 and run.config['lr']==5e-3
     assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
 
 # --- keeping
@@ -259,7 +273,7 @@ def test_the_same_without_a_pickle(make):
     learn.fit_recipe()
     save_file(adapter_state(learn.model), 'adapter.safetensors')
     learn.plan.save('plan.json')
-    back = fclora_learner(learn.dls, 'vit_pico', plan=Plan.load('plan.json'), seed=3)
+    back = fclora_learner(learn.dls, backbone(3), Plan.load('plan.json'), seed=3)
     back.model.load_state_dict(load_file('adapter.safetensors'), strict=False)
     assert torch.equal(logits(back), logits(learn))
 

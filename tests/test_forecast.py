@@ -1,11 +1,15 @@
 "Arithmetic and memory of a step, counted before it runs"
 import pytest, timm, torch
 from torch import nn
-from fclora.lora import *
-from fclora.allocators import *
+from fclora.adapt import *
+from fclora.data.loaders import get_dls
+from fclora.data.sources import load_images
+from fclora.find import *
 from fclora.forecast import *
-from fclora.data import load_images,get_dls
-from fclora.learner import plan_model,recompute_blocks
+from fclora.lora import *
+from fclora.make_plan import *
+from fclora.plan import *
+from fclora.planning import plan_model
 from conftest import make_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -42,7 +46,7 @@ def test_the_higher_the_lowest_block_the_less():
 def test_recomputing_blocks_keeps_less_and_computes_more():
     model = adapted()
     before = step_cost(model, shape)
-    recompute_blocks(model)
+    model.set_grad_checkpointing(True)
     after = step_cost(model, shape)
     assert after['kept_bytes']<.3*before['kept_bytes'] and 1.2<after['flops']/before['flops']<1.6
 
@@ -60,6 +64,20 @@ def test_forecast_of_a_plan():
     assert low['params']-low['adapter_params']==count_params(model)['head']
     twice = forecast(model, make_plan('m', find_sites(model), method='uniform', budget=40), shape, 32)
     assert twice['kept_mib']==2*low['kept_mib'] and twice['step']==low['step']
+
+class Doubled(LoRA):
+    "LoRA with another price, which adds a vector to every site"
+    parts = dict(LoRA.parts, extra=None)
+    def new_parts(self, site, r): return super().new_parts(site, r) | dict(extra=self.raw.new_zeros(site.d_out))
+    @staticmethod
+    def cost(site, r): return r*(site.d_in+site.d_out)+(site.d_out if r else 0)
+
+def test_the_forecast_is_that_of_the_adapter_of_the_plan(monkeypatch):
+    monkeypatch.setitem(adapters, 'doubled', Doubled)
+    model = vit()
+    plain,mine = (make_plan('m', find_sites(model), method='uniform', budget=36, adapter=a) for a in ('lora','doubled'))
+    a,b = (forecast(model, p, shape) for p in (plain, mine))
+    assert b['params']-a['params']==18*64 and sum(p.numel() for p in adapter_params(mine.adapt(vit())).values())==b['adapter_params']
 
 def test_frozen_blocks_of_a_wide_model_halve_the_step():
     with torch.device('meta'): model = timm.create_model('deit_base_patch16_224', num_classes=10)

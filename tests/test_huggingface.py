@@ -8,23 +8,29 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
-from fclora import huggingface as hf
-from fclora.artifacts import load_model, load_run, probe_logits, read_config, run_files, write_json
-from fclora.allocators import *
+from dataclasses import replace
+import fclora
+from fclora.adapt import *
+from fclora.backbones import create_backbone, single_head
 from fclora.cli import main
-from fclora.huggingface import *
-from fclora.learner import create_backbone, single_head
+from fclora.deploy.hub import *
+from fclora.deploy.peft import *
+from fclora.files import write_json
+from fclora.find import find_sites
 from fclora.lora import *
-from fclora.lora import kinds as all_kinds
-from fclora.report import Run
-from fclora.scorers import site_stats
+from fclora.make_plan import make_plan
+from fclora.plan import Plan
+from fclora.runs.folder import load_model, load_run, read_config, run_files
+from fclora.runs.run import Run, probe_logits
+from fclora.scorers.measure import measure
+from fclora.sites import kinds as all_kinds
 
 peft,transformers,accelerate = (pytest.importorskip(o) for o in ('peft','transformers','accelerate'))
 from peft import LoraConfig, PeftModel, get_peft_model
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing` is deprecated'),
               pytest.mark.filterwarnings('ignore:.*computes query, key and value in one'), pytest.mark.filterwarnings('ignore:Use .content=.*to upload raw bytes')]
-raises = lambda piece,err=ValueError: pytest.raises(err, match=piece)
+def raises(piece, err=ValueError): return pytest.raises(err, match=piece)
 vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8, num_labels=3)
 language = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=40, num_labels=3, pad_token_id=0)
 
@@ -58,22 +64,24 @@ def trained(model, seed=1, std=.1):
     return model.eval()
 
 def built(pm): return {n.removeprefix('base_model.model.'):(m.r['default'], m.scaling['default']) for n,m in pm.named_modules() if hasattr(m, 'lora_A') and hasattr(m, 'scaling')}
-def own(model): return {n:(sum(map(len, m.lora_A.values())), *set(m.scaling.values())) for n,m in lora_layers(model).items()}
+def own(model): return {n:(sum(map(len, m.lora_A.values())), *set(m.scaling.values())) for n,m in adapted_layers(model).items()}
 def same_models(a, b, name, atol=1e-5): assert_close(logits(a, name), logits(b, name), atol=atol, rtol=0)
 
 separate,fused = ['vit','deit','llama','score'],['timm','timm distilled','timm one head']
 
 # --- Plan to PEFT
 
-@pytest.mark.parametrize('rslora', [True,False])
+@pytest.mark.parametrize('scaling', ['sqrt','rank','by site'])
 @pytest.mark.parametrize('name', separate)
-def test_peft_builds_the_ranks_scalings_and_parameters_of_the_plan(name, rslora):
+def test_peft_builds_the_ranks_scalings_and_parameters_of_the_plan(name, scaling):
     model = make(name)
     plan = some_plan(model)
+    if scaling=='by site': scaling = {n:1+i%3 for i,n in enumerate(plan.ranks)}
+    plan = replace(plan, lora_alpha=5, scaling=scaling, dropout=.1)
     assert 0 in plan.ranks.values() and len(set(plan.ranks.values()))==4
-    pm = get_peft_model(make(name), plan.to_peft(model, lora_alpha=5, rslora=rslora, dropout=.1))
-    ours = freeze(adapt(model, plan.ranks, lora_alpha=5, rslora=rslora))
-    assert built(pm)==own(ours)
+    pm = get_peft_model(make(name), plan.to_peft(model))
+    ours = freeze(plan.adapt(model))
+    assert built(pm)=={n:(r, pytest.approx(s)) for n,(r,s) in own(ours).items()}
     n = count_params(ours)
     assert pm.get_nb_trainable_parameters()[0]==n['adapter']+n['head']==n['trainable']
 
@@ -111,8 +119,15 @@ def test_plan_of_another_model_and_ambiguous_heads_are_refused():
     m = make('vit')
     m.vit.my_classifier = nn.Linear(2, 2)
     with raises('vit.my_classifier together with the head classifier'): plan.to_peft(m)
-    plan.ranks = dict.fromkeys(plan.ranks, 0)
-    with raises('every rank is 0'): plan.to_peft()
+
+def test_other_adapters_are_refused(tmp_path, monkeypatch):
+    class Other(LoRA): pass
+    monkeypatch.setitem(adapters, 'other', Other)
+    m = make('vit')
+    plan = replace(some_plan(m), adapter='other')
+    with raises("the adapter 'other', only of lora"): plan.to_peft(m)
+    with raises("the adapter 'other', only of lora"): save_peft(plan.adapt(m), tmp_path/'out')
+    assert plan_of(m).adapter=='other' and not (tmp_path/'out').exists()
 
 def test_further_settings_reach_peft():
     m = make('score')
@@ -121,12 +136,12 @@ def test_further_settings_reach_peft():
 
 # --- adapters to PEFT and back
 
-@pytest.mark.parametrize('rslora', [True,False])
+@pytest.mark.parametrize('scaling', ['sqrt','rank'])
 @pytest.mark.parametrize('name', separate+fused)
-def test_peft_computes_what_we_compute_and_the_adapter_comes_back(name, rslora, tmp_path):
+def test_peft_computes_what_we_compute_and_the_adapter_comes_back(name, scaling, tmp_path):
     ours = make(name)
     plan = some_plan(ours)
-    trained(freeze(adapt(ours, plan.ranks, lora_alpha=6, rslora=rslora)))
+    trained(freeze(adapt(ours, plan.ranks, lora_alpha=6, scaling=scaling)))
     assert (logits(ours, name)-logits(make(name), name)).abs().max()>1e-2
     save_peft(ours, tmp_path)
     same_models(PeftModel.from_pretrained(make(name), tmp_path), ours, name)
@@ -153,8 +168,8 @@ def test_a_convolution_is_not_handed_to_peft(tmp_path):
 def test_adapters_that_never_trained_keep_their_ranks(tmp_path):
     ours = adapt(make('timm'), some_plan(make('timm')).ranks)
     back = load_peft(make('timm'), save_peft(ours, tmp_path))
-    assert not any(B.any() for m in lora_layers(back).values() for B in m.lora_B.values())
-    assert {p:len(m.factors()[0])//len(m.sites) for p,m in lora_layers(back).items()}=={p:len(m.factors()[0]) for p,m in lora_layers(ours).items()}
+    assert not any(B.any() for m in adapted_layers(back).values() for B in m.lora_B.values())
+    assert {p:len(m.factors()[0])//len(m.sites) for p,m in adapted_layers(back).items()}=={p:len(m.factors()[0]) for p,m in adapted_layers(ours).items()}
 
 made_by_peft = dict(
     plain=('vit', dict(r=4, target_modules=['q_proj','v_proj'])),
@@ -235,7 +250,7 @@ def test_half_precision_base(tmp_path):
     for k,v in adapter_state(ours).items(): assert_close(adapter_state(back)[k], v, atol=1e-6, rtol=1e-5)
 
 def test_peft_is_imported_only_where_it_is_used(monkeypatch):
-    for f in Path(hf.__file__).parent.glob('*.py'):
+    for f in Path(fclora.__file__).parent.rglob('*.py'):
         names = {a.name for n in ast.parse(f.read_text()).body if isinstance(n, ast.Import) for a in n.names} | {n.module for n in ast.parse(f.read_text()).body if isinstance(n, ast.ImportFrom)}
         assert not {'peft','transformers','accelerate'}&{str(n).split('.')[0] for n in names}, f
     monkeypatch.setitem(sys.modules, 'peft', None)
@@ -260,7 +275,7 @@ def toy_images(n=24):
 def scored_plan(model, images):
     batches = [{k:torch.stack([o[k] for o in images[i:i+8]]) for k in images[0]} for i in range(0, len(images), 8)]
     ss = find_sites(model)
-    return make_plan('tiny', ss, site_stats(model, batches, ss), budget=12)
+    return make_plan('tiny', ss, measure(model, batches, ss), budget=12)
 
 def test_trainer_trains_a_plan(tmp_path):
     images,model = toy_images(),make('vit')

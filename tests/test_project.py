@@ -1,11 +1,12 @@
 "One fact in one place: metadata, version, generated files, stored outputs, README, and what wheel and sdist hold"
-import hashlib,json,re,shlex,shutil,subprocess,sys,tarfile,tomllib,zipfile
+import ast,hashlib,json,re,shlex,shutil,subprocess,sys,tarfile,tomllib,zipfile
 from configparser import ConfigParser
 from email import message_from_string
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 import fclora
 
 root,bin = Path(__file__).parent.parent,Path(sys.executable).parent
@@ -13,6 +14,8 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(root/'settings.ini', encoding='utf-8')
 cfg,pyproject = cfg['DEFAULT'],tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
+modules = sorted(root.glob('fclora/**/*.py'))
+extras = {k.removesuffix('_requirements'):cfg[k].split() for k in cfg if k.endswith('_requirements')}
 
 def text(path): return (root/path).read_text(encoding='utf-8')
 def cells(nb, kind): return [(c, ''.join(c['source'])) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
@@ -59,19 +62,85 @@ def test_the_version_is_written_once():
 
 def test_dev_requirements_hold_what_the_tests_import():
     dev = {Requirement(r).name for k in cfg if k.endswith('requirements') for r in cfg[k].split()}
-    assert {'nbdev','pytest','pytest-cov','hypothesis','torchmetrics','build'}<=dev
+    assert {'nbdev','pytest','pytest-cov','hypothesis','torchmetrics','build','ruff'}<=dev
     assert {Requirement(r).name for r in pyproject['build-system']['requires']}<=dev   # the wheel is built without isolation here
+
+def names(requirements): return {canonicalize_name(Requirement(r).name) for r in requirements}
+
+def third_party(path):
+    "Distributions that a module imports: (at import, inside functions)"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef|ast.Lambda) for n in ast.walk(f)}
+    res,dists = (set(), set()),packages_distributions()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): found = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom) and not n.level: found = [n.module]
+        else: continue
+        for top in {o.split('.')[0] for o in found}-sys.stdlib_module_names-{'fclora'}:
+            res[n in inside].add(canonicalize_name(dists.get(top, [top])[0]))
+    return res
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    base,optional = names(cfg['requirements'].split()),names(r for k in ('peft','bench','onnx','demo') for r in extras[k])
+    used = {p:third_party(p) for p in modules}
+    undeclared = {f'{p.relative_to(root)}: {o}' for p,(top,inner) in used.items() for o in (top-base)|(inner-base-optional)}
+    assert not undeclared
+    assert not base-{o for top,inner in used.values() for o in top|inner}
+
+def test_lower_bounds_are_the_versions_that_were_tried():
+    tried = [Requirement(l) for l in text('tests/oldest.txt').splitlines() if l and l[0]!='#']
+    tried = {canonicalize_name(r.name):str(r.specifier).removeprefix('==') for r in tried}
+    lower = {canonicalize_name(r.name):str(r.specifier).removeprefix('>=') for r in map(Requirement, cfg['requirements'].split())}
+    assert {k:tried[k] for k in lower}==lower
+
+# --- the house: pages in order, nothing private across a wall, lines that can be read
+
+def test_lines_and_names_are_in_order(): run(bin/'ruff', 'check', '--output-format', 'concise', 'fclora', cwd=root)
+
+def page(path):
+    "The notebook that exports a module, as a path below nbs; None for one made by hand"
+    m = re.search(r'File to edit: (?:\.\./)+nbs/(\S+)\.ipynb', path.read_text(encoding='utf-8'))
+    return m and m[1]
+
+def own_imports(path):
+    "(module of ours, imported names) of every import in a module"
+    here = path.relative_to(root).with_suffix('').parts
+    for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(n, ast.ImportFrom):
+            mod = '.'.join([*here[:-n.level], n.module or '']).strip('.') if n.level else n.module
+            if mod.split('.')[0]=='fclora': yield mod,[a.name for a in n.names]
+        if isinstance(n, ast.Import): yield from ((a.name,[]) for a in n.names if a.name.split('.')[0]=='fclora')
+
+def test_page_numbers_are_unique():
+    for folder in ('.','studies','tutorials'):
+        numbers = [p.name[:2] for p in (root/'nbs'/folder).glob('[0-9][0-9]_*.ipynb')]
+        assert len(numbers)==len(set(numbers)), folder
+
+def test_modules_import_only_from_earlier_pages_and_nothing_private():
+    pages = {'.'.join(p.relative_to(root).with_suffix('').parts):page(p) for p in modules if page(p)}
+    assert len(pages)>30
+    for p in modules:
+        if p.name in ('all.py','_modidx.py'): continue
+        for mod,what in own_imports(p):
+            assert not [o for o in [*mod.split('.'), *what] if o[0]=='_' and o!='__version__'], (p, mod, what)
+            mine,other = page(p),pages.get(mod)
+            if other: assert (mine.startswith('studies/'),mine)>(other.startswith('studies/'),other), (p, mod)
+
+def test_a_page_exports_few_lines():
+    for nb in notebooks:
+        n = sum(s.count('\n') for _,s in cells(nb, 'code') if re.match(r'#\| *exporti?\b', s))
+        assert n<=250, (nb, n)
 
 # --- generated files
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     repo = copy_to(tmp_path)
-    old = contents(repo, 'fclora/*.py', 'nbs/llms.txt')
+    old = contents(repo, 'fclora/**/*.py', 'nbs/llms.txt')
     made = [n for n,b in old.items() if b'AUTOGENERATED! DO NOT EDIT! File to edit' in b]
-    assert len(made)>=9
+    assert len(made)>30
     for n in made: (repo/n).unlink()   # a module whose notebook is gone stays away
     run(bin/'nbdev-export', cwd=repo)
-    assert_same_files(contents(repo, 'fclora/*.py', 'nbs/llms.txt'), old)
+    assert_same_files(contents(repo, 'fclora/**/*.py', 'nbs/llms.txt'), old)
 
 def test_notebooks_are_clean(tmp_path):
     repo = copy_to(tmp_path)
@@ -113,22 +182,22 @@ def test_contributing_names_files_and_commands_that_exist():
 
 # --- wheel, sdist, weights
 
-def modules(): return {f'fclora/{p.name}' for p in (root/'fclora').glob('*.py')}
-data = {'fclora/weights/vit_pico.safetensors','fclora/weights/README.md'}
+package = {str(p.relative_to(root)) for p in modules}
+data = {'fclora/weights/vit_pico.safetensors','fclora/weights/README.md','fclora/commands.json'}
 
 def test_the_wheel_holds_the_package_and_nothing_else(dist):
     wheel, = dist.glob('*.whl')
     assert wheel.name==f'fclora-{fclora.__version__}-py3-none-any.whl'
     with zipfile.ZipFile(wheel) as z:
-        assert {n for n in z.namelist() if '.dist-info/' not in n}==modules()|data
+        assert {n for n in z.namelist() if '.dist-info/' not in n}==package|data
         assert z.read('fclora/weights/vit_pico.safetensors')==(root/'fclora/weights/vit_pico.safetensors').read_bytes()
         info = f'fclora-{fclora.__version__}.dist-info/'
         assert any(n.startswith(info) and n.endswith('LICENSE') for n in z.namelist())
         assert re.findall(r'\S+ *= *\S+', z.read(info+'entry_points.txt').decode())==[cfg['console_scripts'].replace('=', ' = ')]
         meta = message_from_string(z.read(info+'METADATA').decode())
-    extras = {k.removesuffix('_requirements'):cfg[k].split() for k in cfg if k.endswith('_requirements')}
-    extras['dev'] = {o for rs in extras.values() for o in rs}   # all tests run in CI
-    wanted = [Requirement(r) for r in cfg['requirements'].split()] + [Requirement(f'{r}; extra == "{k}"') for k,rs in extras.items() for r in rs]
+    groups = dict(extras, dev={o for rs in extras.values() for o in rs})   # all tests run in CI
+    wanted = [Requirement(r) for r in cfg['requirements'].split()]
+    wanted += [Requirement(f'{r}; extra == "{k}"') for k,rs in groups.items() for r in rs]
     assert {str(Requirement(r)) for r in meta.get_all('Requires-Dist')}==set(map(str, wanted))
     assert (meta['Name'],meta['Version'],meta['Summary'],meta['Requires-Python'])==('fclora',fclora.__version__,cfg['description'],f">={cfg['min_python']}")
     assert meta.get_payload().strip()==text('README.md').strip()
@@ -136,49 +205,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
 def test_the_sdist_holds_what_a_build_needs(dist):
     sdist, = dist.glob('*.tar.gz')
     with tarfile.open(sdist) as t: names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n}
-    assert modules()|data|{'LICENSE','README.md','settings.ini','pyproject.toml','setup.py'}<=names
+    assert package|data|{'LICENSE','README.md','settings.ini','pyproject.toml','setup.py'}<=names
     assert not [n for n in names if re.search(r'\.ipynb|__pycache__|\.venv|(^|/)(_proc|_docs|runs)(/|$)', n)]
 
 def test_weights_are_the_file_that_their_card_describes():
     file,card = root/'fclora/weights/vit_pico.safetensors',text('fclora/weights/README.md')
     assert re.search(r'sha256\W+`?([0-9a-f]{64})', card)[1]==hashlib.sha256(file.read_bytes()).hexdigest()
     assert file.stat().st_size<=12*2**20
-
-# --- commands on the pages
-
-def shell_commands(page):
-    "The `fclora` command lines of a page's fenced blocks, without what stands before them"
-    cells = json.loads((root/'nbs'/page).read_text())['cells']
-    blocks = re.findall(r'```sh\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown'), re.S)
-    return [l[l.index('fclora '):] for b in blocks for l in b.splitlines() if 'fclora ' in l]
-
-@pytest.mark.parametrize('page', ['results/evidence.ipynb','results/speed.ipynb'])
-def test_commands_for_a_gpu_are_commands_that_we_have(page, monkeypatch):
-    from fclora import cli
-    lines = shell_commands(page)
-    assert len(lines)>=3
-    for line in lines:
-        name,*args = shlex.split(line, comments=True)[1:]
-        parsed = subprocess.run([bin/"fclora", name, "--help"], capture_output=True, text=True)
-        assert parsed.returncode==0, line
-        known = set(re.findall(r'--[a-z][a-z0-9-]*', parsed.stdout))
-        assert {a.split('=')[0] for a in args if a.startswith('--')}<=known, line
-        if name=='compare': assert len(cli.parse_rows(args[args.index('--methods')+1]))>=3
-
-def test_stored_comparisons_say_how_they_were_made():
-    from fclora import cli
-    files = [f for f in (root/'nbs/results').glob('*.json') if 'methods' in json.loads(f.read_text()) and 'command' in json.loads(f.read_text())]
-    assert len(files)>=5
-    for f in files:
-        d = json.loads(f.read_text())
-        args = shlex.split(d['command'])
-        assert args[:2]==['fclora','compare'], f.name
-        rows,seeds = cli.parse_rows(args[args.index('--methods')+1]),'0,1,2' if '--seeds' not in args else args[args.index('--seeds')+1]
-        assert set(d['methods'])==set(rows), f.name
-        assert {(r['config'].get('row', r['method']),r['seed']) for r in d['runs']}=={(r,int(s)) for r in rows for s in seeds.split(',')}, f.name
-
-def test_speed_in_the_readme_is_that_of_the_stored_run():
-    rows,text = json.loads((root/'nbs/results/speed-cpu.json').read_text())['step']['rows'],(root/'README.md').read_text(encoding='utf-8')
-    found = re.search(r'A step costs about (\.\d\d) of full fine-tuning .*?allows (\.\d\d)\), and (\.\d\d) with', text, re.S)
-    want = rows['fclora']['ratio'],rows['fclora']['limit'],rows['fclora top']['ratio']
-    assert found.groups()==tuple(f'{v:.2f}'.removeprefix('0') for v in want)

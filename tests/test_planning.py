@@ -1,0 +1,96 @@
+"From a model and images to a Plan: seeds, early stopping, parts that replace others"
+import pytest, torch
+from fclora.allocators.waterfill import allocators
+from fclora.backbones import create_backbone,image_config
+from fclora.data.loaders import get_dls,score_dl
+from fclora.data.sources import load_images
+from fclora.find import *
+from fclora.make_plan import *
+from fclora.planning import *
+from fclora.presets import *
+from fclora.scorers.composite import paper_weights
+from conftest import make_images
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return create_backbone('vit_pico', 3)
+
+@pytest.fixture(scope='module')
+def dls(tmp_path_factory, model):
+    images = load_images(make_images(tmp_path_factory.mktemp('d')/'d', ('a','b','c'), n=24), 32, progress=False)
+    return get_dls(images, **image_config(model), bs=8, device='cpu')
+
+def test_scores_are_the_same_for_the_same_seed(model, dls):
+    a,b,c = (plan_model(model, dls, budget=60, score_batches=2, seed=s) for s in (1,1,2))
+    assert a.ranks==b.ranks and a.metrics==b.metrics!=c.metrics and (a.seed,c.seed)==(1,2)
+    assert make_plan('m', a.sites, a.metrics, budget=60, seed=1).ranks==a.ranks
+
+def test_the_model_is_left_as_it_was(model, dls):
+    before,rng = {n:p.clone() for n,p in model.state_dict().items()},torch.get_rng_state()
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    plan_model(model.train(), dls, budget=60, score_batches=2, weights='gora=1,explained_var=1', init='eva')
+    assert model.training and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[n], p) for n,p in model.state_dict().items()) and flags==[(p.requires_grad, p.grad) for p in model.parameters()]
+
+class Counted:
+    "An allocation that stands still after a number of calls"
+    def __init__(self, moves, sites): self.moves,self.sites,self.calls = moves,sites,0
+    def __call__(self, metrics):
+        shift = self.moves[min(self.calls, len(self.moves)-1)]
+        self.calls += 1
+        values = {s.name:1.+(i+shift)%5 for i,s in enumerate(self.sites)}
+        return make_plan('m', self.sites, dict.fromkeys(paper_weights, values), budget=72)
+
+def test_settled_when_two_allocations_in_a_row_agree(model):
+    check = Settled(Counted([0,1,2,2], find_sites(model)), .02)
+    assert [check({}, 8*2**i) for i in range(4)]==[False,False,False,True] and check.batches==64
+
+def test_scoring_ends_early_only_when_asked_to(model, dls):
+    def used(**kw): return plan_model(model, dls, budget=72, score_bs=2, **kw).settings['score_batches']
+    n = len(score_dl(dls, bs=2))
+    assert n>16 and used(settle=0)==n
+    assert used(settle=.9)==16                     # the first two allocations are never further apart
+    assert used(settle=.9, score_batches=12)==12   # too few to compare
+
+@pytest.mark.parametrize('kw,piece', [
+    (dict(settle=-.1), 'settle must be at least 0'), (dict(settle=1), 'settle must be at least 0'), (dict(settle=float('nan')), 'settle must be at least 0'),
+    (dict(weights='hessian=1'), "no metric 'hessian'"), (dict(init='svd'), "unknown init 'svd'; there are kaiming, orthogonal, eva"),
+    (dict(allocator='best'), "unknown allocator 'best'; there are waterfill"), (dict(adapter='dora?'), "unknown adapter 'dora\\?'"),
+    (dict(normaliser='z'), "unknown normaliser 'z'; there are minmax, rank, log"), (dict(scaling='half'), "unknown scaling 'half'; there are sqrt, rank"),
+    (dict(lora_alpha=-1.), 'lora_alpha must be a finite number in 0..inf, got -1'), (dict(dropout=1.), 'dropout must be'),
+    (dict(method='best'), "unknown method 'best'"), (dict(method='full'), "'full' is full fine-tuning"),
+    (dict(from_block=6), 'end at 5, so none is left from block 6 on')])
+def test_what_cannot_be_is_refused_before_scoring(model, kw, piece):
+    with pytest.raises(ValueError, match=piece): plan_model(model, None, **kw) # without data
+
+def test_from_block_leaves_lower_blocks_alone(model, dls):
+    plan = plan_model(model, dls, budget=72, score_batches=2, from_block=3)
+    assert {s.block for s in plan.sites}=={3,4,5} and plan.total_rank==72 and plan.settings['forecast']['lowest_block']==3
+
+@pytest.mark.parametrize('method', presets)
+@pytest.mark.parametrize('allocator', allocators)
+def test_any_allocator_goes_with_any_preset(model, dls, method, allocator):
+    plan = plan_model(model, dls, method, budget=60, allocator=allocator, score_batches=1, init='orthogonal', name='m')
+    assert (plan.method,plan.allocator,plan.init)==(method, allocator, 'orthogonal')
+    assert bool(plan.metrics)==(method in ('fclora','inverse','naive') and allocator in ('waterfill','inverse','naive'))
+    assert allocator=='naive' or plan.total_rank==60
+
+def test_options_of_the_adapter_are_in_the_plan(model, dls):
+    plan = plan_model(model, dls, 'uniform', budget=60, lora_alpha=16., dropout=.1, rslora=False)
+    assert (plan.lora_alpha,plan.dropout,plan.scaling)==(16., .1, 'rank')
+    assert plan_model(model, dls, 'uniform', budget=60, scaling='rank', rslora=True).scaling=='sqrt'
+
+def test_a_preset_of_ones_own_and_a_search(model, dls, monkeypatch):
+    asked = []
+    def search(scores, budget, lo, hi, costs=None, evaluate=None):
+        ranks = allocators['uniform'](scores, budget, lo, hi, costs)
+        asked.append(evaluate(ranks))
+        return ranks
+    monkeypatch.setitem(allocators, 'search', search)
+    monkeypatch.setitem(presets, 'mine', Preset('a search by explained variance', dict(explained_var=1.), allocator='search'))
+    plan = plan_model(model, dls, 'mine', budget=36, score_batches=20, score_bs=2, settle=.9)
+    assert plan.method=='mine' and list(plan.metrics)==['explained_var'] and plan.weights==dict(explained_var=1.)
+    assert len(asked)==1 and 0<asked[0]<5 and plan.settings['score_batches']==20   # a search is asked once, not after every 2^n batches
