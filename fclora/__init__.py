@@ -1,27 +1,66 @@
-"""FC-LoRA trains small low-rank adapters in a frozen vision transformer. Before training it scores every query, key and value projection on your images (Fisher
-information, gradient magnitude, spread of the activations) and pours a fixed budget of ranks over them. Then it trains adapters and head with CutMix and label
-smoothing, and fits one temperature, so that of all predictions made with a confidence of 0.8 about 80 % are right. Uniform and random ranks, a linear probe and full
-fine-tuning are one flag away, so that it can be measured against them. Start with the command `fclora finetune`, or in Python with `from fclora.all import *`: `load_images`,
-`create_backbone`, `plan_model` and `fclora_learner` are the steps, a `Plan` holds the ranks, and `help(fclora.learner)` says more, as for every module.
+"""FC-LoRA (FC for Fisher and covariance) adapts a frozen vision transformer by small trained matrices. Before training it scores every
+query, key and value projection on your images and gives a fixed budget of ranks to those that score highest. Then it trains adapters
+and head, and fits one temperature, so that of all predictions made with a confidence of 0.8 about 80 % are right.
 
 Modules:
 
-- `fclora.allocators`: Pour a fixed budget of ranks over the sites, and write the result down as a Plan
-- `fclora.artifacts`: What a run leaves on disk, and how to get it back
+- `fclora.adapt`: Put adapters into a model, say what trains, and take them out again
+- `fclora.allocators.controls`: Allocators that a measured allocation has to beat at the same budget
+- `fclora.allocators.waterfill`: Spend a fixed budget of ranks where the scores are highest, exactly
 - `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
-- `fclora.bank`: Several runs on one base, each image of a batch served by the run that it names
-- `fclora.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
-- `fclora.calibration`: One temperature so that confidence means accuracy, and honest numbers about how well it does
-- `fclora.cli`: The `fclora` command, each part of which is also a Python function
-- `fclora.data`: From digits, CIFAR or a folder of images to fastai DataLoaders
-- `fclora.deploy`: A run as an ONNX file, in 32 bits or 8, as a `torch.export` program, and as a page to try it on
-- `fclora.forecast`: What a step will cost, in arithmetic and memory, before it is run
-- `fclora.huggingface`: Plans and adapters to PEFT and back, and runs to the Hub and back
-- `fclora.inputs`: The principal components of what a site sees, as a score and as a start for its adapter
-- `fclora.learner`: A backbone, a recipe and a Plan make a fastai Learner
-- `fclora.lora`: Sites of a transformer, and the low-rank adapters that train there
-- `fclora.pretrain`: Make a small backbone from a folder of images
-- `fclora.report`: The tables and pictures of a run, and of several runs side by side
-- `fclora.scorers`: One pass over a few batches says which sites matter for these images"""
+- `fclora.calibration.ece`: Samples in bins of equal confidence: how far what they claim lies from what they keep
+- `fclora.calibration.intervals`: The ECE that a perfect model would show, an interval for a measured one, and the table that a run stores
+- `fclora.calibration.reliability`: Confidence against accuracy, before and after the temperature, with the counts beneath
+- `fclora.calibration.temperature`: One temperature so that confidence means accuracy
+- `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
+- `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
+- `fclora.data.images`: A data set in three splits, each class with its share in every one
+- `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
+- `fclora.data.sources`: Digits, CIFAR or a folder of images, every file checked before hours are spent
+- `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
+- `fclora.deploy.demo`: A page on this machine that classifies the picture dropped on it
+- `fclora.deploy.hub`: Runs on the Hugging Face Hub: a card with measured numbers, upload, and download with every check
+- `fclora.deploy.int8`: A smaller ONNX file with its price measured, and the command that writes any exported file
+- `fclora.deploy.onnx`: A run as one file that takes pixels, gives calibrated logits, and needs no fclora
+- `fclora.deploy.peft`: Plans and trained adapters in PEFT's format, and PEFT adapters in a model of ours
+- `fclora.forecast`: What a training step will cost, in arithmetic and memory, before it is run
+- `fclora.initialisers`: Where an adapter starts: at random rows, at orthonormal rows, or at the principal components of its inputs
+- `fclora.lora`: A small trained update beside a large frozen weight, and the contract of every adapter
+- `fclora.make_plan`: Score, allocate, and write the result down
+- `fclora.options`: The parameters of a function, written down as options of a command
+- `fclora.plan`: Which site gets which rank, why, and everything that is needed to build the adapted model again
+- `fclora.plan_file`: What a Plan's JSON may hold, field by field, and how the first format is read
+- `fclora.planning`: Find the sites, measure them on a few batches, allocate the ranks, forecast the cost
+- `fclora.presets`: Named combinations of scores, allocator, adapter, initialisation and schedule
+- `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
+- `fclora.report.plots`: One picture for each question about a run
+- `fclora.report.seeds`: What a handful of repeated runs can and cannot say
+- `fclora.report.tables`: The numbers of a run, and of several runs side by side
+- `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.runs.compare`: Several methods, several seeds, one table
+- `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
+- `fclora.runs.folder`: What a run leaves on disk, and how to get it back
+- `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
+- `fclora.runs.run`: What one fine-tuning decided and measured
+- `fclora.runs.use`: Predict with a run, and turn it into plain timm weights
+- `fclora.scorers.activations`: Scores that only look at what goes in and what comes out
+- `fclora.scorers.composite`: Several measurements of a site become one score
+- `fclora.scorers.gradients`: Scores that ask how much the loss would change
+- `fclora.scorers.measure`: One pass over a few batches, which feeds every scorer
+- `fclora.scorers.warmup`: Train a fresh head for a few steps before scoring
+- `fclora.scorers.watch`: Run a batch through a model and see every product with the weight of a site
+- `fclora.sites`: The weights of a transformer that an adapter can update
+- `fclora.studies.answers`: Rows of a comparison against uniform ranks: means, paired differences with Student's interval, and a picture
+- `fclora.studies.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
+- `fclora.studies.contenders`: Fair timing on a busy machine, and every way to train a transformer that FC-LoRA is compared with
+- `fclora.studies.parts`: Training steps, memory, scoring, inference, files, calibration and the data pipeline, each measured beside something known
+- `fclora.studies.pretrain`: Make a small backbone from a folder of images
+- `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
+- `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
+- `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
+- `fclora.train.logits`: What a model says of every image, and what its frozen features could say
+- `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
+- `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
 
 __version__ = "0.1.0"

@@ -34,9 +34,12 @@ from .runs.run import Run
 from .runs.folder import load_run, save_run
 from .runs.finetune import finetune
 from .runs.compare import compare
-from .runs.use import evaluate, merge_run, predict
+from .runs.use import merge_run, predict
+from .runs.evaluate import evaluate
 from .report.tables import compare_table, paper_table
 from .report.page import save_report
-from .deploy.peft import load_peft
+from .deploy.hub import from_pretrained, push_to_hub
+from .deploy.peft import load_peft, plan_of, save_peft
 from .deploy.onnx import export_onnx, export_program
+from .deploy.int8 import export_int8
 from .deploy.bank import AdapterBank

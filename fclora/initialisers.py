@@ -9,8 +9,7 @@ place. `init_adapters` applies one by name. The update stays zero, whatever the 
 # %% auto #0
 __all__ = ['initialisers', 'kaiming', 'input_rows', 'orthogonal', 'eva', 'init_adapters']
 
-# %% ../nbs/30_initialisers.ipynb #dcf061a3
-import torch
+# %% ../nbs/30_initialisers.ipynb #39895743
 from torch import nn
 from .checks import *
 from .lora import *

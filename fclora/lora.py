@@ -69,7 +69,7 @@ class Adapter:
         "The ranks, when the layer is printed"
         return f'{super().extra_repr()}, ranks={ {k:self.rank(k) for k in self.sites} }, merged={self.merged}'
 
-# %% ../nbs/01_lora.ipynb #1285f386
+# %% ../nbs/01_lora.ipynb #021c053e
 class LoRA(Adapter):
     "The update `s B A`, two thin matrices a site"
     parts = dict(lora_A=0, lora_B=1)
@@ -90,6 +90,19 @@ class LoRA(Adapter):
     def site_delta(self, kind):
         A,B = self.site_factors(kind)
         return B@A
+
+    def factors(self
+    )->tuple: # `A` (R, d_in) and `s*B` (d_out, R), R the sum of the ranks
+        "All sites of the layer as one pair: `A` stacked, `s*B` block by block"
+        As,Bs = zip(*[self.site_factors(kind) for kind in self.sites])
+        Bs = [self.to_rows(site, B) for site,B in zip(self.sites.values(), Bs)]
+        return torch.cat(As),torch.cat(Bs, 1)
+
+    def update(self, x):
+        "`s B A x`, for all sites of the layer by one pair of products"
+        A,B = self.factors()
+        x = F.dropout(x, self.dropout_p, self.training)
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 # %% ../nbs/01_lora.ipynb #72f41c21
 @patch
@@ -128,22 +141,6 @@ def update(self:Adapter,
 def forward(self:Adapter, x):
     y = super(Adapter, self).forward(x)
     return y if self.merged else y+self.update(x)
-
-# %% ../nbs/01_lora.ipynb #76125b04
-@patch
-def factors(self:LoRA
-)->tuple: # `A` (R, d_in) and `s*B` (d_out, R), R the sum of the ranks
-    "All sites as one pair: `A` stacked, `s*B` block by block"
-    As,Bs = zip(*[self.site_factors(kind) for kind in self.sites])
-    Bs = [self.to_rows(site, B) for site,B in zip(self.sites.values(), Bs)]
-    return torch.cat(As),torch.cat(Bs, 1)
-
-@patch
-def update(self:LoRA, x):
-    "`s B A x`, for all sites of the layer by one pair of products"
-    A,B = self.factors()
-    x = F.dropout(x, self.dropout_p, self.training)
-    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 # %% ../nbs/01_lora.ipynb #9493f85a
 @patch
@@ -209,7 +206,7 @@ def adapt_layer(
         add_parts(layer, site, r, s)
     return layer
 
-# %% ../nbs/01_lora.ipynb #65fa7cc9
+# %% ../nbs/01_lora.ipynb #08678d91
 @patch
 def fold(self:Adapter):
     "Add the update to the weight, in 32 bits at least"
@@ -221,7 +218,8 @@ def fold(self:Adapter):
 def merge(self:Adapter):
     "Fold the update into the weight, keeping the old weight"
     if self.merged: return
-    if not self.mergeable: raise ValueError(f'{self.adapter.__name__} depends on the input of the layer, so no weight can hold it; use the model unmerged')
+    if not self.mergeable:
+        raise ValueError(f'{self.adapter.__name__} depends on the input of the layer, so no weight can hold it; use the model unmerged')
     self.base_weight = self.raw.detach().clone()
     self.fold()
 

@@ -83,7 +83,7 @@ def test_permuting_distinct_scores_permutes_the_ranks(p, rng):
     vals = list(dict.fromkeys(round(s, 3) for s in scores.values()))
     assume(len(vals)==len(scores))
     order = list(range(len(vals))); rng.shuffle(order)
-    r,names = list(waterfill(named(vals), *rest).values()),list(named(vals))
+    r = list(waterfill(named(vals), *rest).values())
     assert list(waterfill(named([vals[i] for i in order]), *rest).values())==[r[i] for i in order]
 
 @cases

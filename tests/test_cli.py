@@ -1,13 +1,16 @@
 "The commands end to end, as a user runs them"
-import csv, json, os, shlex, shutil, signal, subprocess, sys, time
+import csv, json, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from PIL import Image
 from conftest import QUICK, fclora, make_images
 import fclora as package
-from fclora.artifacts import load_model, load_run, probe_logits
-from fclora.cli import commands, main
-from fclora.data import load_images
+from fclora.cli import command_table, commands, main
+from fclora.data.pixels import to_input
+from fclora.data.sources import load_images
+from fclora.report import page
+from fclora.runs.folder import load_model, load_run
+from fclora.runs.run import probe_logits
 
 def test_finetune_leaves_a_complete_run(run):
     out,res = run
@@ -86,12 +89,12 @@ def test_score_and_finetune_from_its_plan(tmp_path, capsys):
     plan = json.loads((tmp_path/'p.json').read_text())
     assert sum(o['rank'] for o in plan['sites'])==54 and 'sample_fisher' in plan['sites'][0]
     for o in plan['sites']: o['rank'] = int(o['kind']=='v')
-    plan['method'] = 'by hand'
+    plan['method'] = 'by-hand'
     (tmp_path/'p.json').write_text(json.dumps(plan))
     assert main(['finetune', *QUICK, '--plan', str(tmp_path/'p.json'), '--out', str(tmp_path/'run')])==0
     cfg = json.loads((tmp_path/'run'/'fclora.json').read_text())
     assert {k for k,v in cfg['ranks'].items() if v}=={f'blocks.{i}.attn.qkv.v' for i in range(6)}
-    assert load_run(tmp_path/'run').config['method']=='by hand'
+    assert load_run(tmp_path/'run').config['method']=='by-hand'
 
 @pytest.mark.parametrize('method', ['uniform','random','inverse','naive','head','full'])
 def test_every_method_round_trips(method, folder, tmp_path):
@@ -203,6 +206,46 @@ def test_interrupt_keeps_what_was_finished(tmp_path):
     r = load_run(out)
     assert r.config['T'] is None and r.config['status'].startswith('epoch') and len(r.history)>=1 and r.plan.total_rank==100
 
+def test_a_folder_of_format_1_is_read_as_it_was_written(capsys):
+    old = Path(__file__).parent/'format1'
+    model,cfg = load_model(old)
+    assert cfg['format']==2 and cfg['adapter']=='lora' and cfg['init']=='orthogonal' and cfg['dropout']==.1
+    assert cfg['scaling']['blocks.0.attn.qkv.v']==pytest.approx(8/3**.5) and cfg['scaling']['blocks.0.attn.qkv.k']==8
+    with torch.no_grad(): logits = model(to_input(load_images('digits').test[0][:6], **cfg['image']))
+    torch.testing.assert_close(logits, torch.tensor(json.loads((old/'logits.json').read_text())), atol=5e-5, rtol=1e-4)
+    r = load_run(old)
+    assert r.plan.total_rank==20 and r.plan.weights==dict(fisher=.6, grad=.2, cov=.2) and r.metrics['total_rank']==20 and len(r.history)==1
+    assert main(['evaluate', str(old), '--quiet'])==0
+    assert f"{r.metrics['test']['accuracy']:.2%}" in capsys.readouterr().out
+
+def test_a_format_1_run_is_saved_again_in_format_2(tmp_path):
+    from fclora.runs.folder import save_run
+    old = load_run(Path(__file__).parent/'format1')
+    save_run(old, tmp_path/'new')
+    model,cfg = load_model(tmp_path/'new')
+    assert json.loads((tmp_path/'new'/'fclora.json').read_text())['format']==2
+    torch.testing.assert_close(probe_logits(model, 32), probe_logits(old.model, 32))
+
+def test_options_of_the_plan_reach_the_run_folder(folder, tmp_path):
+    out,plan,few = str(tmp_path/'run'),str(tmp_path/'p.json'),[str(folder), '--model', 'vit_pico', '--budget', '36']
+    args = ['--no-rslora', '--lora-alpha', '16', '--init', 'orthogonal', '--allocator', 'uniform']
+    assert main(['finetune', *few, *QUICK, '--batch-size', '8', *args, '--out', out])==0
+    cfg = load_run(out).config
+    assert (cfg['init'],cfg['lora_alpha'],cfg['adapter'])==('orthogonal',16.,'lora') and set(cfg['scaling'].values())=={8.}
+    assert main(['score', *few, '--method', 'uniform', '--quiet', '--dropout', '.1', '--out', plan])==0
+    args = ['--plan', plan, '--scaling', 'rank', '--force']
+    assert main(['finetune', *few, *QUICK, '--batch-size', '8', *args, '--out', out])==0
+    cfg = load_run(out).config
+    assert (cfg['dropout'],cfg['method'])==(.1,'uniform') and set(cfg['scaling'].values())=={4.} and cfg['lora_alpha']==8
+
+def test_a_report_that_fails_costs_no_run(monkeypatch, folder, tmp_path, capsys):
+    def broken(run): raise RuntimeError('no fonts')
+    monkeypatch.setattr(page, 'report_html', broken)
+    out = tmp_path/'run'
+    assert main(['finetune', str(folder), '--model', 'vit_pico', *QUICK, '--batch-size', '8', '--method', 'head', '--out', str(out)])==0
+    assert 'report could not be drawn: RuntimeError: no fonts' in capsys.readouterr().err
+    assert load_run(out).config['status']=='done' and not (out/'report.html').exists()
+
 def test_help_names_every_option(capsys):
     for cmd in commands:
         with pytest.raises(SystemExit) as e: main([cmd, '--help'])
@@ -213,3 +256,23 @@ def test_help_names_every_option(capsys):
             if line.strip().startswith('--'): assert len(line.split())>1, line
     assert main(['--version'])==0 and package.__version__ in capsys.readouterr().out
     assert main([])==2 and main(['--help'])==0
+
+def test_commands_json_is_what_the_functions_say():
+    from fclora.options import command_specs
+    assert command_table()==json.loads(json.dumps(command_specs(commands))), 'run the notebook 90_cli again'
+
+SLOW = ['torch','fastai','timm','numpy','pandas','matplotlib','sklearn','scipy','fastcore']
+
+def loaded(code, names=SLOW):
+    "Which of the modules `names` are loaded after `code`"
+    code = f'import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint("loaded", *[o for o in {names} if o in sys.modules])'
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    return res.stdout.splitlines()[-1].split()[1:]
+
+@pytest.mark.parametrize('args', [['--help'], ['--version'], *[[c,'--help'] for c in commands]])
+def test_help_imports_the_standard_library_only(args): assert loaded(f'from fclora.cli import main; main({args})')==[]
+
+def test_predict_loads_no_training_library(run, tmp_path):
+    Image.new('RGB', (32,32)).save(tmp_path/'0.png')
+    code = f'from fclora.cli import main; main(["predict", {str(run[0])!r}, {str(tmp_path)!r}])'
+    assert loaded(code, ['fastai','pandas','matplotlib','sklearn','scipy'])==[]

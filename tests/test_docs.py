@@ -68,13 +68,14 @@ def test_every_notebook_is_a_page_in_the_contents_and_can_be_opened(site, pages)
     assert {p.get_text() for p in pages['index.html'].select('.sidebar-tree .caption-text')}=={'Tutorials','Reference','Results','Project'}
 
 def test_every_public_definition_has_its_reference_with_parameters_and_source(pages):
-    ids,mods = {i for n,p in pages.items() if '/' not in n for i in anchors(p)},sorted((root/'fclora').glob('*.py'))
-    for mod in (import_module(f'fclora.{p.stem}') for p in mods if p.stem not in ('all','__init__','_modidx')):
+    ids = {i for n,p in pages.items() if not n.startswith('_') for i in anchors(p)}
+    files = [p for p in (root/'fclora').rglob('*.py') if p.stem not in ('all','__init__','_modidx')]
+    for mod in [import_module('.'.join(p.relative_to(root).with_suffix('').parts)) for p in sorted(files)]:
         own = [n for n in mod.__all__ if callable(getattr(mod, n)) and getattr(mod, n).__module__==mod.__name__]
-        assert own and not [n for n in own if f'{mod.__name__}.{n}' not in ids]
-    entry = next(d for d in pages['00_lora.html'].select('dl.py.function') if d.dt.get('id')=='fclora.lora.adapt')
-    assert 'Numerator of the scaling' in entry.get_text() and 'lora_alpha=8.0' in entry.dt.get_text()
-    assert entry.dt.select_one('a[href="_modules/fclora/lora.html#adapt"]')
+        assert own and not [n for n in own if f'{mod.__name__}.{n}' not in ids], mod.__name__
+    entry = next(d for d in pages['04_adapt.html'].select('dl.py.function') if d.dt.get('id')=='fclora.adapt.adapt')
+    assert 'Numerator of the LoRA scaling' in entry.get_text() and 'lora_alpha=8.0' in entry.dt.get_text()
+    assert entry.dt.select_one('a[href="_modules/fclora/adapt.html#adapt"]')
 
 def test_exports_are_references_and_directives_stay_inside(pages):
     for n,p in pages.items():
@@ -90,12 +91,11 @@ def test_the_options_of_every_command_are_its_help(pages, monkeypatch):
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit): main(argv)
         assert len(out.getvalue())>100 and out.getvalue().strip() in text
 
-def test_landing_page_shows_a_plan_the_measured_table_and_the_version(pages):
+def test_landing_page_shows_the_picture_the_measured_table_and_the_version(pages):
     page = pages['index.html']
-    assert 'Heat map' in page.select_one('article img')['alt'] and fclora.__version__ in page.title.get_text()
-    rows = {tds[0]:tds[1] for tr in page.select('table tr') if len(tds := [td.get_text() for td in tr.find_all('td')])==2}
-    assert rows['test accuracy'].endswith('%') and rows['hardware']
-    assert 'fclora finetune' in page.select_one('pre').get_text()
+    assert 'ranks' in page.select_one('article img')['alt'] and fclora.__version__ in page.title.get_text()
+    assert len(page.select('article table tbody tr'))==6 and 'uniform' in page.select_one('article table').get_text()
+    assert 'fclora finetune' in page.select_one('pre').get_text() and 'set_index' not in page.select_one('article').get_text()
 
 def test_texts_of_the_root_are_pages(site, pages):
     for name,path in {'changelog':'CHANGELOG.md','contributing':'CONTRIBUTING.md','weights':'fclora/weights/README.md','citation':'CITATION.cff'}.items():
@@ -138,7 +138,7 @@ def test_a_reader_finds_the_way(browser, base, width, height):
     page.on('requestfailed', lambda r: 'ABORTED' in r.failure or bad.append(f'failed: {r.url}')) # aborted: the search reads pages until one is chosen
     page.on('request', lambda r: r.url.startswith((base,'data:')) or bad.append(f'external: {r.url}'))
     page.on('response', lambda r: r.status>=400 and bad.append(f'{r.status}: {r.url}'))
-    for name in ('index','00_lora','site/commands'):
+    for name in ('index','01_lora','site/commands'):
         page.goto(f'{base}{name}.html')
         assert page.locator('h1').is_visible() and page.locator('button.copybtn').count()>0
         assert page.evaluate('document.documentElement.scrollWidth')<=width, f'{name} is wider than the screen'
@@ -147,9 +147,9 @@ def test_a_reader_finds_the_way(browser, base, width, height):
     if width<600: page.locator('label[for=__navigation].nav-overlay-icon').click()
     page.locator('input[name=q]').fill('temperature')
     page.keyboard.press('Enter')
-    hit = page.locator('#search-results li a', has_text='Calibration').first
+    hit = page.locator('#search-results li a', has_text='Temperature').first
     hit.click()
-    page.wait_for_url('**/05_calibration.html*')
+    page.wait_for_url('**/60_temperature.html*')
     # from there by a link in the text to a definition, with its anchor in sight
     link = page.locator('article p a.reference.internal:has(code)').first
     target = link.get_attribute('href').rpartition('#')[2]

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from conftest import QUICK, make_images
-from fclora import artifacts, backbones, cli
+from fclora import backbones
 from fclora.cli import main
+from fclora.files import sha256
+from fclora.runs import finetune, folder as run_folder
 
 def fails(capsys, *args, status=1):
     "Run, and return the one line on stderr"
@@ -46,13 +48,13 @@ def test_unknown_model_and_weights(capsys):
     assert 'no checkpoint' in fails(capsys, *tune('digits', '--checkpoint', 'no.pth'))
 
 def test_no_network(capsys, monkeypatch, folder):
-    monkeypatch.setattr(backbones, '_offline', lambda: True)
+    monkeypatch.setattr(backbones, 'is_offline', lambda: True)
     monkeypatch.setattr(backbones, 'try_to_load_from_cache', lambda *a: None)
     msg = fails(capsys, *tune(folder, model=None))
     assert '--model vit_pico' in msg and '--checkpoint' in msg
 
 def test_download_that_fails_half_way(capsys, monkeypatch, folder):
-    monkeypatch.setattr(backbones, '_offline', lambda: False)
+    monkeypatch.setattr(backbones, 'is_offline', lambda: False)
     def broken(*a, **k): raise OSError('connection reset')
     monkeypatch.setattr(backbones.timm, 'create_model', broken)
     assert 'connection reset' in fails(capsys, *tune(folder, model='deit_tiny_patch16_224'))
@@ -100,12 +102,12 @@ def test_force_removes_nothing_when_other_options_are_wrong(capsys, copy, tmp_pa
 
 def test_out_of_gpu_memory(capsys, monkeypatch):
     def full(*a, **k): raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr(cli, 'fclora_learner', full)
+    monkeypatch.setattr(finetune, 'fclora_learner', full)
     assert '--batch-size 64' in fails(capsys, *tune('digits'))
 
 def test_unexpected_error_is_one_line_too(capsys, monkeypatch):
     def bug(*a, **k): raise KeyError('x')
-    monkeypatch.setattr(cli, 'prepare', bug)
+    monkeypatch.setattr(finetune, 'prepare', bug)
     assert 'KeyError' in fails(capsys, *tune('digits'))
     main(tune('digits', '--debug'))
     assert 'Traceback' in capsys.readouterr().err
@@ -125,9 +127,9 @@ def test_damaged_run_folders(capsys, copy, tmp_path):
     check = lambda: fails(capsys, 'evaluate', copy)
     assert 'no run folder' in fails(capsys, 'evaluate', tmp_path/'none')
     whole = (copy/'fclora.json').read_bytes()
-    for changes,word in ((dict(format=2), 'newer fclora'), (dict(ranks=None), "'ranks'"), (dict(T=-1), "'T'"), (dict(T='nan'), "'T'"), (dict(method='magic', ranks={}), "'method'"),
+    for changes,word in ((dict(format=3), 'newer fclora'), (dict(adapter='mine'), "unknown adapter 'mine'"), (dict(scaling={}), "'scaling'"), (dict(ranks=None), "'ranks'"), (dict(T=-1), "'T'"), (dict(T='nan'), "'T'"), (dict(method='magic', ranks={}), "'method'"),
                          (dict(model=dict(name='../../../etc/passwd', pretrained=True, checkpoint=None, one_head=False, size=None)), 'timm has no model'),
-                         (dict(classes=['a','b']), 'does not fit'), (dict(ranks={'blocks.0.attn.qkv.q':10**9}), '0..128'), (dict(ranks={'../x':1}), 'has no site'),
+                         (dict(classes=['a','b']), 'does not fit'), (dict(ranks={'blocks.0.attn.qkv.q':10**9}), '0..128'), (dict(ranks={'../x':1}, scaling={'../x':1.}), 'has no site'),
                          (dict(image=dict(size=10**9, mean=[0]*3, std=[1]*3)), "'image'"), (dict(probe=[[0.]*10]*2), 'not reproduced')):
         edit(copy, **changes)
         assert word in check()
@@ -145,7 +147,7 @@ def test_damaged_run_folders(capsys, copy, tmp_path):
 
 def test_hash_does_not_hide_a_broken_weights_file(capsys, copy):
     (copy/'adapter.safetensors').write_bytes(b'\xff'*64)
-    edit(copy, weights_sha256=artifacts.sha256(copy/'adapter.safetensors'))
+    edit(copy, weights_sha256=sha256(copy/'adapter.safetensors'))
     assert 'damaged' in fails(capsys, 'evaluate', copy)
 
 def test_other_classes_than_the_run(capsys, copy, folder): assert 'cat' in fails(capsys, 'evaluate', copy, folder)
@@ -154,13 +156,13 @@ def test_predict_without_images(capsys, copy, tmp_path):
     assert '--format' in fails(capsys, 'predict', copy, 'x.png', '--format', 'xml')
 
 def test_nothing_is_left_half_written(monkeypatch, run, tmp_path):
-    r = artifacts.load_run(run[0])
-    out = artifacts.save_run(r, tmp_path/'r')
+    r = run_folder.load_run(run[0])
+    out = run_folder.save_run(r, tmp_path/'r')
     before = (out/'adapter.safetensors').read_bytes()
     def killed(path, data):
         with open(path, 'wb') as f: f.write(data[:len(data)//2])
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(Path, 'write_bytes', killed)
-        with pytest.raises(KeyboardInterrupt): artifacts.save_run(r, out)
+        with pytest.raises(KeyboardInterrupt): run_folder.save_run(r, out)
     assert (out/'adapter.safetensors').read_bytes()==before and not [o for o in out.iterdir() if o.suffix=='.tmp']

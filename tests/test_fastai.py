@@ -120,7 +120,8 @@ def test_freezing_is_for_adapters_and_unfreezing_never_for_the_backbone(make, re
     learn = make(regime)
     everything,before = trained(learn),state(learn)
     learn.freeze()
-    assert {n for n in trained(learn) if 'norm' not in n}=={'head.weight','head.bias'} # fastai goes on training norms, which are free in full fine-tuning
+    # fastai goes on training norms, which are free in full fine-tuning
+    assert {n for n in trained(learn) if 'norm' not in n}=={'head.weight','head.bias'}
     learn.fit_recipe()
     assert {n for n in changed(learn, before) if 'norm' not in n}=={'head.weight','head.bias'}
     learn.export(); learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None) # both make or load an optimiser

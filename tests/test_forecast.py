@@ -65,17 +65,17 @@ def test_forecast_of_a_plan():
     twice = forecast(model, make_plan('m', find_sites(model), method='uniform', budget=40), shape, 32)
     assert twice['kept_mib']==2*low['kept_mib'] and twice['step']==low['step']
 
-class Doubled(LoRA):
-    "LoRA with another price, which adds a vector to every site"
+class WithVector(LoRA):
+    "LoRA and a vector at every site besides"
     parts = dict(LoRA.parts, extra=None)
     def new_parts(self, site, r): return super().new_parts(site, r) | dict(extra=self.raw.new_zeros(site.d_out))
     @staticmethod
     def cost(site, r): return r*(site.d_in+site.d_out)+(site.d_out if r else 0)
 
 def test_the_forecast_is_that_of_the_adapter_of_the_plan(monkeypatch):
-    monkeypatch.setitem(adapters, 'doubled', Doubled)
+    monkeypatch.setitem(adapters, 'vector', WithVector)
     model = vit()
-    plain,mine = (make_plan('m', find_sites(model), method='uniform', budget=36, adapter=a) for a in ('lora','doubled'))
+    plain,mine = (make_plan('m', find_sites(model), method='uniform', budget=36, adapter=a) for a in ('lora','vector'))
     a,b = (forecast(model, p, shape) for p in (plain, mine))
     assert b['params']-a['params']==18*64 and sum(p.numel() for p in adapter_params(mine.adapt(vit())).values())==b['adapter_params']
 

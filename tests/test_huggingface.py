@@ -251,7 +251,9 @@ def test_half_precision_base(tmp_path):
 
 def test_peft_is_imported_only_where_it_is_used(monkeypatch):
     for f in Path(fclora.__file__).parent.rglob('*.py'):
-        names = {a.name for n in ast.parse(f.read_text()).body if isinstance(n, ast.Import) for a in n.names} | {n.module for n in ast.parse(f.read_text()).body if isinstance(n, ast.ImportFrom)}
+        body = ast.parse(f.read_text(encoding='utf-8')).body
+        names = {a.name for n in body if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in body if isinstance(n, ast.ImportFrom) and not n.level}
         assert not {'peft','transformers','accelerate'}&{str(n).split('.')[0] for n in names}, f
     monkeypatch.setitem(sys.modules, 'peft', None)
     with raises(re.escape("pip install 'fclora[peft]'"), ImportError): some_plan(make('timm')).to_peft()

@@ -1,6 +1,5 @@
 "The Learner as a fastai user meets it, and what trains in it"
 from copy import deepcopy
-from dataclasses import replace
 import pytest, timm, torch
 from fastai.callback.schedule import *
 from fastai.callback.tracker import SaveModelCallback
@@ -21,7 +20,9 @@ from fclora.train.recipe import learning_rates, recipe
 heads = {'head.weight','head.bias'}
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory): return load_images(make_images(tmp_path_factory.mktemp('d')/'shapes', ('a','b','c'), n=20), 32, progress=False)
+def images(tmp_path_factory):
+    root = make_images(tmp_path_factory.mktemp('d')/'shapes', ('a','b','c'), n=20)
+    return load_images(root, 32, progress=False)
 
 @pytest.fixture
 def dls(images): return get_dls(images, **image_config(create_backbone('vit_pico', 3)), bs=8, device='cpu')
@@ -191,4 +192,4 @@ def test_training_goes_the_same_way_when_recomputed_or_compiled(images, how, mon
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: real(self, backend='eager')) # the default one takes minutes
     plain,other = one_epoch(images),one_epoch(images, **{how:True})
     assert plain.keys()==other.keys()
-    for n in plain: assert_close(other[n], plain[n], rtol=1e-3, atol=1e-4)
+    for n in plain: assert_close(other[n], plain[n], rtol=1e-3, atol=5e-4) # steps of 5e-3, and Adam magnifies rounding

@@ -33,7 +33,8 @@ def test_the_model_is_left_as_it_was(model, dls):
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
     plan_model(model.train(), dls, budget=60, score_batches=2, weights='gora=1,explained_var=1', init='eva')
     assert model.training and torch.equal(rng, torch.get_rng_state())
-    assert all(torch.equal(before[n], p) for n,p in model.state_dict().items()) and flags==[(p.requires_grad, p.grad) for p in model.parameters()]
+    assert all(torch.equal(before[n], p) for n,p in model.state_dict().items())
+    assert flags==[(p.requires_grad, p.grad) for p in model.parameters()]
 
 class Counted:
     "An allocation that stands still after a number of calls"
@@ -56,10 +57,13 @@ def test_scoring_ends_early_only_when_asked_to(model, dls):
     assert used(settle=.9, score_batches=12)==12   # too few to compare
 
 @pytest.mark.parametrize('kw,piece', [
-    (dict(settle=-.1), 'settle must be at least 0'), (dict(settle=1), 'settle must be at least 0'), (dict(settle=float('nan')), 'settle must be at least 0'),
+    (dict(settle=-.1), 'settle must be at least 0'),
+    (dict(settle=1), 'settle must be at least 0'),
+    (dict(settle=float('nan')), 'settle must be at least 0'),
     (dict(weights='hessian=1'), "no metric 'hessian'"), (dict(init='svd'), "unknown init 'svd'; there are kaiming, orthogonal, eva"),
     (dict(allocator='best'), "unknown allocator 'best'; there are waterfill"), (dict(adapter='dora?'), "unknown adapter 'dora\\?'"),
-    (dict(normaliser='z'), "unknown normaliser 'z'; there are minmax, rank, log"), (dict(scaling='half'), "unknown scaling 'half'; there are sqrt, rank"),
+    (dict(normaliser='z'), "unknown normaliser 'z'; there are minmax, rank, log"),
+    (dict(scaling='half'), "unknown scaling 'half'; there are sqrt, rank"),
     (dict(lora_alpha=-1.), 'lora_alpha must be a finite number in 0..inf, got -1'), (dict(dropout=1.), 'dropout must be'),
     (dict(method='best'), "unknown method 'best'"), (dict(method='full'), "'full' is full fine-tuning"),
     (dict(from_block=6), 'end at 5, so none is left from block 6 on')])

@@ -3,10 +3,15 @@ import json, re, warnings
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy import stats
-from fclora.allocators import Plan
-from fclora.calibration import calibration_table, class_accuracy
-from fclora.lora import Site
-from fclora.report import *
+from fclora.calibration.intervals import calibration_table
+from fclora.calibration.temperature import class_accuracy
+from fclora.plan import Plan
+from fclora.report.page import *
+from fclora.report.plots import *
+from fclora.report.seeds import *
+from fclora.report.tables import *
+from fclora.runs.run import Run
+from fclora.sites import Site
 
 titles = ['Results','Ranks','Training','Calibration','Classes','Confident mistakes','Settings']
 history = pd.DataFrame(dict(epoch=[1,2], train_loss=[2.,1.5], valid_loss=[1.8,1.2], accuracy=[.4,.6], lr=[1e-3,1e-4], seconds=[1.,1.]))
@@ -14,7 +19,7 @@ history = pd.DataFrame(dict(epoch=[1,2], train_loss=[2.,1.5], valid_loss=[1.8,1.
 def made_plan(metrics=True):
     sites = [Site(f'blocks.{b}.attn.qkv.{k}', f'blocks.{b}.attn.qkv', k, b, 8, 8, 8*i) for b in range(2) for i,k in enumerate('qkv')]
     vals = {m:{s.name:float(i) for i,s in enumerate(sites)} for m in ('fisher','grad','cov')} if metrics else {}
-    return Plan('tiny', sites, {s.name:1+i for i,s in enumerate(sites)}, 21, metrics=vals, settings=dict(weights=dict(fisher=.6)))
+    return Plan('tiny', sites, {s.name:1+i for i,s in enumerate(sites)}, 21, metrics=vals, weights=dict(fisher=.6))
 
 def logits_of(pred, c): return 2.*torch.nn.functional.one_hot(torch.as_tensor(pred), c) + .1*torch.rand(len(pred), c, generator=torch.Generator().manual_seed(0))
 
@@ -186,7 +191,6 @@ def test_compare_json_is_plain():
     assert json.loads(json.dumps(d, allow_nan=False))==d and len(d['runs'])==6 and d['runs'][0]['metrics']['epochs']==2
 
 def test_compare_refuses_what_does_not_belong_together():
-    with pytest.raises(ValueError, match='2 runs of fclora have seed 0'): compare_table([made_run(), made_run()])
     with pytest.raises(ValueError, match='no runs'): compare_table([])
     other = made_run(seed=1); other.config['model'] = dict(name='huge')
     with pytest.raises(ValueError, match='model .huge, tiny.'): compare_table([made_run(), other])
@@ -202,10 +206,6 @@ def test_markdown_and_text_tables():
     assert markdown_table(df)=='| what | n | note |\n| --- | ---: | ---: |\n| x | 1 | a\\|b |\n| long name | 1,234 | two lines |'
     assert text_table(df)=='what           n       note\nx              1        a|b\nlong name  1,234  two lines'
 
-def test_run_shows_its_table():
-    r = made_run()
-    assert r._repr_markdown_()==markdown_table(paper_table(r)) and repr(r)==text_table(paper_table(r))
-
 # Pictures
 def test_confused_pairs_by_hand():
     p = confused_pairs(logits_of([1,1,0,2,1], 3), torch.tensor([0,0,0,1,1]), ['a','b','c'])
@@ -220,11 +220,6 @@ def test_most_confident_mistakes_first(tmp_path):
     assert [a.get_title() for a in axs]==['a → b\n73.1 %','a → b\n62.2 %']
     assert axs[0].texts[0].get_text()=='file not readable' and axs[1].images[0].get_array().shape==(10,10,3)
     plt.close('all')
-
-def test_pictures_refuse_wrong_lengths():
-    r = made_run()
-    with pytest.raises(ValueError, match='2 class names for 3 logits'): plot_class_accuracy(r.logits, r.targs, ['a','b'])
-    with pytest.raises(ValueError, match='3 images for 4 targs'): plot_wrong(r.images[:3], r.logits, r.targs, r.config['classes'])
 
 def test_pictures_use_given_axes():
     axs = plt.subplots(1, 3)[1]

@@ -1,5 +1,6 @@
 "The store of results: small, complete, each study with a command that works, and the numbers on README and pages are those of runs.csv"
 import json,re,shlex,subprocess,sys
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 import pytest
@@ -41,6 +42,7 @@ def test_names_differ_by_more_than_a_letter():
 
 # --- studies and their commands
 
+@cache
 def options_of(command):
     "The `--options` that a command of fclora knows"
     res = subprocess.run([bin/'fclora', command, '--help'], capture_output=True, text=True)

@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.usefixtures('one_thread')]
 q0,v5 = 'blocks.0.attn.qkv.q','blocks.5.attn.qkv.v'
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory): return load_images(make_images(tmp_path_factory.mktemp('d')/'shapes', ('a','b','c'), n=20), 32, progress=False)
+def images(tmp_path_factory):
+    root = make_images(tmp_path_factory.mktemp('d')/'shapes', ('a','b','c'), n=20)
+    return load_images(root, 32, progress=False)
 
 def pico():
     torch.manual_seed(0)

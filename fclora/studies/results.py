@@ -9,13 +9,15 @@ and `drawn.jsonl` (reliability bins and histories, of runs that a page draws). `
 # %% auto #0
 __all__ = ['test_metrics', 'layout_columns', 'shorten', 'plan_key', 'run_row', 'run_settings', 'split_settings', 'to_columns',
            'to_rows', 'plan_lines', 'line_plan', 'drawn_line', 'read_lines', 'write_lines', 'read_studies', 'read_runs',
-           'write_runs', 'store_runs', 'read_plans', 'read_ranks', 'read_drawn']
+           'write_runs', 'store_runs', 'read_plans', 'read_ranks', 'stored_plan', 'read_drawn']
 
-# %% ../../nbs/studies/03_results.ipynb #2907cc1c
+# %% ../../nbs/studies/03_results.ipynb #fa8ac2fc
 import hashlib,json
 import pandas as pd
+from datetime import date
 from pathlib import Path
 from ..files import *
+from ..plan import *
 
 # %% ../../nbs/studies/03_results.ipynb #0e0f544b
 def shorten(
@@ -182,7 +184,7 @@ def write_runs(
         new = pd.concat([old[old.study!=study].astype(object), new.astype(object)], ignore_index=True)
     with atomic_path(path) as tmp: new.infer_objects().convert_dtypes().to_csv(tmp, index=False, lineterminator='\n')
 
-# %% ../../nbs/studies/03_results.ipynb #685be9e4
+# %% ../../nbs/studies/03_results.ipynb #da73d9d8
 def store_runs(
     source, # A `compare.json`, or the folder that `fclora compare` wrote
     study:str, # Short name; its runs are replaced if it is there already
@@ -198,7 +200,7 @@ def store_runs(
     runs = made['runs']
     common,own = split_settings([run_settings(r) for r in runs])
     rows = [dict(run_row(r, study), settings='; '.join(f'{k}={v}' for k,v in o.items()) or None) for r,o in zip(runs, own)]
-    about = dict(question=question, command=command or made.get('command'), settings=common,
+    about = dict(question=question, date=str(date.today()), command=command or made.get('command'), settings=common,
                  hardware=hardware or runs[0]['metrics']['hardware'], tuning=shorten(made.get('tuning') or {}))
     write_runs(folder, study, rows)
     write_json(folder/'studies.json', read_studies(folder) | {study:about})
@@ -228,6 +230,19 @@ def read_ranks(
     plans = read_plans(folder, *runs.plan.unique())
     parts = [pd.DataFrame(plans[r.plan]['sites']).assign(study=r.study, row=r.row, seed=r.seed) for r in runs.itertuples()]
     return pd.concat(parts, ignore_index=True)
+
+# %% ../../nbs/studies/03_results.ipynb #c3a50fef
+def stored_plan(
+    folder, # With the files of the store
+    study:str, # Name
+    row:str='fclora', # Row of the comparison
+    seed:int=0 # Of the run
+)->Plan: # Scores and metrics with four digits
+    "The Plan of one stored run"
+    df = read_runs(folder, study)
+    keys = df[(df['row']==row)&(df.seed==seed)].plan.dropna().tolist()
+    if not keys: raise ValueError(f'study {study} has no Plan in row {row!r} with seed {seed}')
+    return plan_from_dict(read_plans(folder, *keys)[keys[0]], f'{study}, {row}')
 
 # %% ../../nbs/studies/03_results.ipynb #f65bd96b
 def read_drawn(

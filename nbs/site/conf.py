@@ -1,7 +1,5 @@
 "The site: notebooks with their stored outputs, docstrings and the real --help. Nothing is run, and no text is written twice"
 import ast,json,os,re,sys
-from base64 import b64encode
-from io import BytesIO
 from pathlib import Path
 from urllib.request import urlopen
 import matplotlib
@@ -19,8 +17,7 @@ sys.path.insert(0, str(root))
 matplotlib.use('agg')
 import fclora
 from fclora.cli import commands,parser,usage
-from fclora.learner import all_methods
-from fclora.report import read_compare
+from fclora.presets import methods_known
 
 def reachable(url):
     "Can the inventory at `url` be had? Offline it is left out, so that the build neither fails nor warns"
@@ -65,27 +62,15 @@ class Reference(Processor):
             docs = [o for t in ast.parse(cell.source).body for o in directives(t, self.mod)]
             cell.cell_type,cell.source = 'markdown','\n'.join(['```{eval-rst}', *docs, '```']) if docs else None
             for k in ('outputs','execution_count'): cell.pop(k, None)
-        elif any('image/png' in o.get('data', {}) for o in cell.outputs):
+        elif any({'image/png','image/svg+xml'} & set(o.get('data', {})) for o in cell.outputs):
             near = (first_sentence(c.source) for c in self.nb.cells[cell.idx_+1:] + self.nb.cells[:cell.idx_][::-1] if c.cell_type=='markdown')
             cell.metadata.setdefault('mystnb', dict(image=dict(alt=next(filter(None, near), cell.source))))
 
-def plan_picture():
-    "A code cell, input hidden, that shows the Plan of the README's run"
-    ax,buf = read_compare(root/'nbs/results/digits-default.json')[0].plan.plot(),BytesIO()
-    ax.figure.savefig(buf, dpi=120)
-    png = dict(output_type='display_data', metadata={}, data={'image/png':b64encode(buf.getvalue()).decode()})
-    alt = dict(image=dict(alt='Heat map of a Plan, block by kind of projection: '+ax.get_title()))
-    return mk_cell('plan.plot()', outputs=[png], metadata=dict(tags=['remove-input'], mystnb=alt))
-
 texts = {'CHANGELOG.md':'changelog', 'CONTRIBUTING.md':'contributing', 'fclora/weights/README.md':'weights', 'CITATION.cff':'citation'}
-contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]_*','site/commands','glossary*'], 'Results':['results/*'], 'Project':[f'site/{o}' for o in texts.values()]}
+contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]_*','site/commands','glossary*'], 'Results':['results/*','studies/*'], 'Project':[f'site/{o}' for o in texts.values()]}
 
 def landing(nb):
-    "The picture after the introduction, tables without the code that read them, and the table of contents"
-    for c in nb.cells:
-        if any('text/markdown' in o.get('data', {}) for o in c.get('outputs', [])): c.metadata['tags'] = ['remove-input']
-    intro = next(i for i,c in enumerate(nb.cells) if 'export' in c.directives_)
-    nb.cells.insert(intro+1, plan_picture())
+    "The table of contents behind the text"
     nb.cells += [mk_cell('\n'.join(['```{toctree}', ':hidden:', ':glob:', f':caption: {k}', *v, '```']), cell_type='markdown') for k,v in contents.items()]
 
 def as_page(app, docname, source):
@@ -118,7 +103,9 @@ def targets(app):
     objs = app.env.domains.python_domain.objects
     pages = {Path(d).name+'.ipynb':(d,'') for d in app.env.found_docs}
     pages.update({k.removesuffix('.ipynb'):v for k,v in pages.items() if re.match(r'\d\d_', k)})
-    return {**pages, **{n:(o.docname,'#'+o.node_id) for k,o in objs.items() if (n := k.split('.', 2)[-1]) not in {*commands,*all_methods}}}
+    def short(k, o): return '.'.join(k.split('.')[-2 if o.objtype=='method' else -1:]) # without the module
+    names = {short(k, o):(o.docname,'#'+o.node_id) for k,o in objs.items()}
+    return {**pages, **{n:at for n,at in names.items() if n not in {*commands,*methods_known()}}}
 
 def link_names(app, doctree, docname):
     "Link the names of functions, notebooks and commands to where they are explained"
