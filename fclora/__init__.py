@@ -1,6 +1,7 @@
-"""FC-LoRA (FC for Fisher and covariance) adapts a frozen vision transformer by small trained matrices. Before training it scores every
-query, key and value projection on your images and gives a fixed budget of ranks to those that score highest. Then it trains adapters
-and head, and fits one temperature, so that of all predictions made with a confidence of 0.8 about 80 % are right.
+"""FC-LoRA (FC for Fisher and covariance) adapts a frozen vision transformer by small trained matrices. Before training it
+scores every query, key and value projection on your images and gives a fixed budget of ranks to those that score
+highest. Then it trains adapters and head, and fits one temperature, so that of all predictions made with a confidence
+of 0.8 about 80 % are right.
 
 Modules:
 
@@ -24,7 +25,10 @@ Modules:
 - `fclora.deploy.int8`: A smaller ONNX file with its price measured, and the command that writes any exported file
 - `fclora.deploy.onnx`: A run as one file that takes pixels, gives calibrated logits, and needs no fclora
 - `fclora.deploy.peft`: Plans and trained adapters in PEFT's format, and PEFT adapters in a model of ours
+- `fclora.files`: Files that are whole or not there, versions, and a clock
+- `fclora.find`: Which weights of a model can be adapted, and why others cannot
 - `fclora.forecast`: What a training step will cost, in arithmetic and memory, before it is run
+- `fclora.fused`: LoRA in one autograd function, which keeps only its input
 - `fclora.initialisers`: Where an adapter starts: at random rows, at orthonormal rows, or at the principal components of its inputs
 - `fclora.lora`: A small trained update beside a large frozen weight, and the contract of every adapter
 - `fclora.make_plan`: Score, allocate, and write the result down
@@ -39,6 +43,7 @@ Modules:
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
 - `fclora.runs.compare`: Several methods, several seeds, one table
+- `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
@@ -54,7 +59,7 @@ Modules:
 - `fclora.studies.answers`: Rows of a comparison against uniform ranks: means, paired differences with Student's interval, and a picture
 - `fclora.studies.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
 - `fclora.studies.contenders`: Fair timing on a busy machine, and every way to train a transformer that FC-LoRA is compared with
-- `fclora.studies.parts`: Training steps, memory, scoring, inference, files, calibration and the data pipeline, each measured beside something known
+- `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work

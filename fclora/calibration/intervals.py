@@ -11,7 +11,7 @@ __all__ = ['check_level', 'ece_floor', 'bootstrap_gaps', 'ece_interval', 'plain_
 
 # %% ../../nbs/62_intervals.ipynb #3b47596d
 import math
-import numpy as np, torch
+import numpy as np
 from torch import Tensor
 from .temperature import *
 from .ece import *

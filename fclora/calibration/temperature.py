@@ -13,7 +13,7 @@ __all__ = ['check_targs', 'check_T', 'check_logits', 'confidence', 'top1', 'clas
 
 # %% ../../nbs/60_temperature.ipynb #ccb36c39
 import math,warnings
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn,Tensor
 
 # %% ../../nbs/60_temperature.ipynb #243654da
