@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 import fclora
 
 root,bin = Path(__file__).parent.parent,Path(sys.executable).parent
@@ -68,11 +69,13 @@ def test_dev_requirements_hold_what_the_tests_import():
 def names(requirements): return {canonicalize_name(Requirement(r).name) for r in requirements}
 
 def third_party(path):
-    "Distributions that a module imports: (at import, inside functions)"
+    "Distributions that a module imports: (at import, inside functions); but for those that it tries and can do without"
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef|ast.Lambda) for n in ast.walk(f)}
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    tried = {n for t in ast.walk(tree) if isinstance(t, ast.Try) and 'ImportError' in map(ast.unparse, (h.type for h in t.handlers if h.type))
+             for n in t.body}
     res,dists = (set(), set()),packages_distributions()
-    for n in ast.walk(tree):
+    for n in set(ast.walk(tree))-tried:
         if isinstance(n, ast.Import): found = [a.name for a in n.names]
         elif isinstance(n, ast.ImportFrom) and not n.level: found = [n.module]
         else: continue
@@ -81,17 +84,19 @@ def third_party(path):
     return res
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    base,optional = names(cfg['requirements'].split()),names(r for k in ('peft','bench','onnx','demo') for r in extras[k])
+    base = names(cfg['requirements'].split())
+    user,dev = [base|names(r for k in ks for r in extras[k]) for ks in (('peft','bench','onnx','demo'), extras)]
     used = {p:third_party(p) for p in modules}
-    undeclared = {f'{p.relative_to(root)}: {o}' for p,(top,inner) in used.items() for o in (top-base)|(inner-base-optional)}
+    undeclared = {f'{p.relative_to(root)}: {o}' for p,(top,inner) in used.items()
+                  for o in (top-base)|(inner-(dev if p.parent.name=='studies' else user))}
     assert not undeclared
     assert not base-{o for top,inner in used.values() for o in top|inner}
 
 def test_lower_bounds_are_the_versions_that_were_tried():
-    tried = [Requirement(l) for l in text('tests/oldest.txt').splitlines() if l and l[0]!='#']
-    tried = {canonicalize_name(r.name):str(r.specifier).removeprefix('==') for r in tried}
-    lower = {canonicalize_name(r.name):str(r.specifier).removeprefix('>=') for r in map(Requirement, cfg['requirements'].split())}
-    assert {k:tried[k] for k in lower}==lower
+    tried = [l for l in text('tests/oldest.txt').splitlines() if l and l[0]!='#']
+    pinned,lower = [{canonicalize_name(r.name):Version(next(iter(r.specifier)).version) for r in map(Requirement, rs)}
+                    for rs in (tried, cfg['requirements'].split()+extras['peft'])]
+    assert {k:pinned[k] for k in lower}==lower
 
 # --- the house: pages in order, nothing private across a wall, lines that can be read
 
@@ -206,7 +211,7 @@ def test_the_sdist_holds_what_a_build_needs(dist):
     sdist, = dist.glob('*.tar.gz')
     with tarfile.open(sdist) as t: names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n}
     assert package|data|{'LICENSE','README.md','settings.ini','pyproject.toml','setup.py'}<=names
-    assert not [n for n in names if re.search(r'\.ipynb|__pycache__|\.venv|(^|/)(_proc|_docs|runs)(/|$)', n)]
+    assert not [n for n in names if re.search(r'\.ipynb|__pycache__|\.venv|(^|/)(_proc|_docs)(/|$)|^runs/', n)]
 
 def test_weights_are_the_file_that_their_card_describes():
     file,card = root/'fclora/weights/vit_pico.safetensors',text('fclora/weights/README.md')

@@ -51,7 +51,9 @@ def directives(tree, mod):
         yield f'.. auto{kind}:: {mod}.{n}'
         if kind!='class': continue
         for f in tree.body:
-            if isinstance(f, ast.FunctionDef) and f.name[0]!='_' and ast.get_docstring(f): yield f'\n   .. automethod:: {mod}.{n}.{f.name}\n'
+            if not isinstance(f, ast.FunctionDef) or f.name[0]=='_' or not ast.get_docstring(f): continue
+            is_property = any(isinstance(o, ast.Name) and o.id=='property' for o in f.decorator_list)
+            yield f"\n   .. auto{'property' if is_property else 'method'}:: {mod}.{n}.{f.name}\n"
 
 class Reference(Processor):
     "Exported definitions become signature, docstring and docments; a picture's alternative text is the sentence beside it"
