@@ -1,7 +1,8 @@
-"""FC-LoRA (FC for Fisher and covariance) adapts a frozen vision transformer by small trained matrices. Before training it
-scores every query, key and value projection on your images and gives a fixed budget of ranks to those that score
-highest. Then it trains adapters and head, and fits one temperature, so that of all predictions made with a confidence
-of 0.8 about 80 % are right.
+"""FC-LoRA (FC for Fisher and covariance) adapts a frozen vision transformer by low-rank adapters, small trained matrices
+beside its weights. Before training it scores every query, key and value projection on your images and gives a fixed
+budget of ranks to those that score highest. Then it trains adapters and head, and fits one temperature, so that of all
+predictions made with a confidence of 0.8 about 80 % are right. Start with the command `fclora finetune`, or in Python
+with `from fclora.all import *`: a `Plan` holds the ranks, and `help(fclora.plan)` says more, as for every module.
 
 Modules:
 
@@ -68,4 +69,4 @@ Modules:
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
 - `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -153,6 +153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fclora.cli.help_text': ('cli.html#help_text', 'fclora/cli.py'),
                             'fclora.cli.main': ('cli.html#main', 'fclora/cli.py'),
                             'fclora.cli.parser': ('cli.html#parser', 'fclora/cli.py'),
+                            'fclora.cli.run_plugins': ('cli.html#run_plugins', 'fclora/cli.py'),
                             'fclora.cli.show_warning': ('cli.html#show_warning', 'fclora/cli.py'),
                             'fclora.cli.usage': ('cli.html#usage', 'fclora/cli.py')},
             'fclora.data.images': { 'fclora.data.images.Images': ('images.html#images', 'fclora/data/images.py'),

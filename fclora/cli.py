@@ -8,13 +8,14 @@ standard library is loaded, so that `fclora --help` answers at once."""
 
 # %% auto #0
 __all__ = ['commands', 'command_table', 'command', 'help_text', 'add_option', 'parser', 'usage', 'complain', 'show_warning',
-           'call', 'explain', 'main']
+           'run_plugins', 'call', 'explain', 'main']
 
 # %% ../nbs/90_cli.ipynb #60f8d366
 import argparse,json,os,sys,traceback,warnings
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
+from runpy import run_path
 from . import __version__
 
 # %% ../nbs/90_cli.ipynb #5e53a0df
@@ -75,6 +76,7 @@ def parser(
     spec = command_table()[cmd]
     p = argparse.ArgumentParser(prog=f'fclora {cmd}', description=spec['doc'], argument_default=argparse.SUPPRESS)
     for option in spec['options']: add_option(p, option)
+    p.add_argument('--plugin', action='append', metavar='FILE', help='Python file to run first, which registers parts of your own')
     p.add_argument('--debug', action='store_true', help='Show the traceback of an error')
     return p
 
@@ -103,6 +105,14 @@ def show_warning(
     complain(f'warning: {message}')
 
 # %% ../nbs/90_cli.ipynb #1a5e366a
+def run_plugins(
+    paths:list # Python files
+):
+    "Run files that register scorers, allocators, adapters, schedules or presets"
+    for path in paths:
+        if not os.path.isfile(path): raise FileNotFoundError(f'--plugin {path} is not a file')
+        run_path(path)
+
 def call(
     cmd:str, # Name of a command
     given:dict # From its parser
@@ -136,10 +146,11 @@ def main(
     if cmd in ('','-h','--help','help'): print(usage()); return 0 if cmd else 2
     if cmd not in commands: complain(f"error: no command {cmd!r}; there are {', '.join(commands)}"); return 2
     given = vars(parser(cmd).parse_args(argv[1:]))
-    debug = given.pop('debug', False)
+    debug,plugins = given.pop('debug', False),given.pop('plugin', [])
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
+            run_plugins(plugins)
             res = call(cmd, given)
             sys.stdout.flush()
         except BrokenPipeError: # the reader, such as `head`, had enough

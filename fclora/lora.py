@@ -140,7 +140,10 @@ def update(self:Adapter,
     return F.linear(F.dropout(x, self.dropout_p, self.training), self.delta().to(x.dtype))
 
 @patch
-def forward(self:Adapter, x):
+def forward(self:Adapter,
+    x:torch.Tensor # (..., d_in)
+)->torch.Tensor: # (..., d_out)
+    "The layer's own output plus the update"
     y = super(Adapter, self).forward(x)
     return y if self.merged else y+self.update(x)
 

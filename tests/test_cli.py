@@ -276,3 +276,19 @@ def test_predict_loads_no_training_library(run, tmp_path):
     Image.new('RGB', (32,32)).save(tmp_path/'0.png')
     code = f'from fclora.cli import main; main(["predict", {str(run[0])!r}, {str(tmp_path)!r}])'
     assert loaded(code, ['fastai','pandas','matplotlib','sklearn','scipy'])==[]
+
+def test_a_plugin_registers_parts_before_the_command_runs(tmp_path, capsys):
+    (tmp_path/'parts.py').write_text('''
+from fclora.all import *
+class InputSize(Scorer):
+    def value(self, seen, site): return seen.inputs(site).abs().mean()
+scorers['input_size'] = InputSize
+presets['mine'] = Preset('by the size of inputs', dict(input_size=1.), allocator='waterfill')
+''')
+    args = ['score', 'digits', '--method', 'mine', '--score-batches', '1', '--batch-size', '64', '--quiet', '--out', tmp_path/'plan.json']
+    res = fclora(*args, '--plugin', tmp_path/'parts.py')
+    assert res.returncode==0, res.stderr
+    plan = json.loads((tmp_path/'plan.json').read_text())
+    assert plan['metrics']==['input_size'] and plan['method']=='mine' and plan['total_rank']==100
+    assert main([*map(str, args)])==1 and "unknown method 'mine'" in capsys.readouterr().err
+    assert main([*map(str, args), '--plugin', 'no.py'])==1 and '--plugin no.py is not a file' in capsys.readouterr().err

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import pytest, timm, torch, torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from fclora.sites import *
 from fclora.lora import *
-from fclora.scorers import *
-from fclora.allocators import *
-from fclora.calibration import *
+from fclora.find import *
+from fclora.adapt import *
+from fclora.scorers.measure import *
+from fclora.make_plan import *
+from fclora.calibration.temperature import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 page = Path(__file__).parent.parent/'nbs/tutorials/06_without_fastai.ipynb'
@@ -26,7 +29,7 @@ def vit(c=3, seed=0):
     return timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=c)
 
 def test_none_of_the_method_imports_fastai():
-    mods = ['lora','scorers','allocators','calibration']
+    mods = ['adapt','scorers.measure','scorers.warmup','make_plan','calibration.intervals']
     code = f'import sys\nfor m in {mods}: __import__("fclora."+m)\nprint([o for o in ("fastai","timm","transformers","peft") if o in sys.modules])'
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert res.stdout.strip()=='[]'
@@ -45,7 +48,7 @@ def test_the_loop_of_the_page_learns_a_toy():
     assert ns['res']['accuracy']>.9 and ns['plan'].total_rank==36
     now = {k.replace('base.', ''):v for k,v in model.state_dict().items()}
     assert {k for k,v in before.items() if not torch.equal(v, now[k])}=={'head.weight','head.bias'}   # and adapters, which were not there
-    assert all(B.any() for l in lora_layers(model).values() for B in l.lora_B.values())
+    assert all(B.any() for l in adapted_layers(model).values() for B in l.lora_B.values())
 
 def by_hand(model, sites, data, loss_func):
     "Mean squared gradient of each site, from torch.autograd alone"
@@ -68,9 +71,9 @@ def test_scores_are_those_of_the_loss_that_was_given(kind):
     x,y = toy(16)
     model,data = vit().eval(),batches(x, target(y), 8)
     sites = find_sites(model)[:6]
-    got = site_stats(model, data, sites, loss_func)
+    got = measure(model, data, sites, loss_func=loss_func)
     assert_close(got['fisher'], by_hand(model, sites, data, loss_func), rtol=1e-4, atol=1e-12)
-    assert got['cov']==site_stats(model, batches(x, y, 8), sites)['cov']
+    assert got['cov']==measure(model, batches(x, y, 8), sites)['cov']
     plan = make_plan('test_vit', sites, got, budget=24)
     assert plan.total_rank==24 and set(plan.ranks)=={s.name for s in sites}
 
@@ -93,8 +96,8 @@ def test_any_iterable_any_output_any_module():
     def stream(): # a generator of (two inputs, target)
         gen = torch.Generator().manual_seed(1)
         while True: yield torch.randn(8, 5, 12, generator=gen), torch.zeros(8, 4), torch.randint(4, (8,), generator=gen)
-    stats = site_stats(net, stream(), loss_func=loss_func, n_batches=3)
-    assert stats==site_stats(net, [b for b,_ in zip(stream(), range(3))], loss_func=loss_func)
+    stats = measure(net, stream(), loss_func=loss_func, n_batches=3)
+    assert stats==measure(net, [b for b,_ in zip(stream(), range(3))], loss_func=loss_func)
     plan = make_plan('net', find_sites(net), stats, budget=12)
     freeze(adapt(net, plan.ranks))
     assert count_params(net)['trainable']==12*24+12*4+4
@@ -126,19 +129,19 @@ def texts(n=3, seed=0, ignored=slice(0, 4)):
 def test_language_model_scores_count_only_tokens_with_a_label():
     model,data = llama(),texts()
     sites = find_sites(model)
-    got = site_stats(model, data, sites)
+    got = measure(model, data, sites)
     def loss_func(out, labels): # next token, labels of -100 left out
         z,y = out.logits[:,:-1].flatten(0, 1),labels[:,1:].flatten()
         return F.cross_entropy(z[y>=0], y[y>=0])
     want = by_hand(model, sites, [(b['input_ids'],b['labels']) for b in data], loss_func)
     assert_close(got['fisher'], want, rtol=1e-4, atol=1e-14)
-    assert site_stats(model, [(b['input_ids'],b['labels']) for b in data], sites, loss_func)['cov']==got['cov']
-    assert site_stats(model, texts(ignored=slice(0)), sites)['fisher']!=got['fisher']
-    assert {s.kind:s.cost for s in sites}==dict(q=64, k=48, v=48)
+    assert measure(model, [(b['input_ids'],b['labels']) for b in data], sites, loss_func=loss_func)['cov']==got['cov']
+    assert measure(model, texts(ignored=slice(0)), sites)['fisher']!=got['fisher']
+    assert {s.kind:LoRA.cost(s, 1) for s in sites}==dict(q=64, k=48, v=48)
 
 def test_language_model_trains_merges_and_calibrates():
     model,data = llama(),texts()
-    stats = site_stats(model, data)
+    stats = measure(model, data)
     plan = make_plan('llama', find_sites(model), stats, budget=2000, unit='params')
     assert 2000-48<plan.adapter_params<=2000
     freeze(adapt(model, plan.ranks))
@@ -161,7 +164,7 @@ def test_hugging_face_images():
     model = tf.ViTForImageClassification(tf.ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, num_labels=3)).eval()
     x,y = toy(16)
-    a = site_stats(model, [dict(pixel_values=x, labels=y)])
-    b = site_stats(model, [(x,y)], loss_func=lambda out,y: F.cross_entropy(out.logits, y))
+    a = measure(model, [dict(pixel_values=x, labels=y)])
+    b = measure(model, [(x,y)], loss_func=lambda out,y: F.cross_entropy(out.logits, y))
     for m in a: assert_close(a[m], b[m], rtol=1e-5, atol=1e-12)
     assert head_names(model)==['classifier'] and len(a['fisher'])==6

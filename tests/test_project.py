@@ -1,6 +1,7 @@
 "One fact in one place: metadata, version, generated files, stored outputs, README, and what wheel and sdist hold"
 import ast,hashlib,json,re,shlex,shutil,subprocess,sys,tarfile,tomllib,zipfile
 from configparser import ConfigParser
+from functools import cache
 from email import message_from_string
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -68,13 +69,16 @@ def test_dev_requirements_hold_what_the_tests_import():
 
 def names(requirements): return {canonicalize_name(Requirement(r).name) for r in requirements}
 
+@cache
+def distributions(): return packages_distributions()
+
 def third_party(path):
     "Distributions that a module imports: (at import, inside functions); but for those that it tries and can do without"
     tree = ast.parse(path.read_text(encoding='utf-8'))
     inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     tried = {n for t in ast.walk(tree) if isinstance(t, ast.Try) and 'ImportError' in map(ast.unparse, (h.type for h in t.handlers if h.type))
              for n in t.body}
-    res,dists = (set(), set()),packages_distributions()
+    res,dists = (set(), set()),distributions()
     for n in set(ast.walk(tree))-tried:
         if isinstance(n, ast.Import): found = [a.name for a in n.names]
         elif isinstance(n, ast.ImportFrom) and not n.level: found = [n.module]

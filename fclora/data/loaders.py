@@ -30,7 +30,7 @@ import fastai.vision.data # noqa: F401 (show_batch for images)
 from .images import *
 from .pixels import *
 
-# %% ../../nbs/43_loaders.ipynb #fece0da1
+# %% ../../nbs/43_loaders.ipynb #7af39079
 class ImageSet:
     "Images of one split for a model's input: rows are cut from memory, or decoded"
     n_inp = 1
@@ -49,7 +49,12 @@ class ImageSet:
         self.in_memory = isinstance(x, Tensor)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(o[0] for o in self.batch([i]))
-    def decode(self, o, full=True): return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
+    def decode(self,
+        o, # (image, target)
+        full=True # Asked by fastai, not used
+    ):
+        "Image and class name, for fastai to show"
+        return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
     @property
     def items(self): return L((self,i) for i in range(len(self)))
 

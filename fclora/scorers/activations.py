@@ -31,7 +31,9 @@ class RunningVar:
         block.M2 = (x.square_().mean(0).double()-rest**2)*len(x) # several times faster over rows than `torch.var_mean`
         self.add(block)
 
-    def add(self, other):
+    def add(self,
+        other # Another of this class
+    ):
         "Take in all that `other` saw"
         if not other.n: return
         n,d = self.n+other.n,other.mean-self.mean
@@ -68,7 +70,9 @@ class RunningCov:
         block.M2 = (x.T@x).double()
         self.add(block)
 
-    def add(self, other):
+    def add(self,
+        other # Another of this class
+    ):
         "Take in all that `other` saw"
         if not other.n: return
         n,d = self.n+other.n,other.mean-self.mean

@@ -58,7 +58,9 @@ class GoRA(Scorer):
         self.sums = {n:g+other.sums[n] for n,g in self.sums.items()}
         self.count += other.count
 
-    def sensitivity(self, site):
+    def sensitivity(self,
+        site:Site # One of `self.sites`
+    ):
         "What `site` is worth by the sums so far"
         weight = self.weights[site.name].flatten(1)[site.rows].float()
         return (weight*self.sums[site.name]/self.count).abs().mean().item()

@@ -50,11 +50,15 @@ class Seen:
         if not isinstance(self.batch, Mapping): return len(self.batch[0])
         return len(self.batch.get('labels', next(iter(self.batch.values()))))
 
-    def source(self, site):
+    def source(self,
+        site:Site # One of `self.sites`
+    ):
         "Names the product that `site` is part of: sites with one source have one input"
         return site.path,max(p.first for p in self.products[site.path] if p.first<=site.start)
 
-    def products_of(self, site):
+    def products_of(self,
+        site:Site # One of `self.sites`
+    ):
         "The products that `site` is part of, and its rows in their outputs"
         path,first = self.source(site)
         return [p for p in self.products[path] if p.first==first],replace(site, start=site.start-first).rows
@@ -150,17 +154,27 @@ class Scorer:
     name = '' # Of the metric, and of the scorer in `scorers`
     needs = () # Of weight_grad and output_grad; with neither, the pass is forward only
 
-    def value(self, seen, site):
+    def value(self,
+        seen:Seen, # What one batch shows
+        site:Site # One of `self.sites`
+    ):
         "What `site` is worth by the batch `seen`"
         raise TypeError(f'{type(self).__name__} must say what it measures: define value(seen, site)')
-    def batch_weight(self, seen):
+    def batch_weight(self,
+        seen:Seen # What one batch shows
+    ):
         "How much the batch `seen` counts in the mean"
         return 1
 
-    def start(self, model, sites):
+    def start(self,
+        model:nn.Module, # That is measured
+        sites:list # Its `Site`s
+    ):
         "Forget all sums; called once before the pass"
         self.sites,self.total,self.count = sites,0.,0
-    def update(self, seen):
+    def update(self,
+        seen:Seen # What one batch shows
+    ):
         "Take in the batch `seen`"
         values = torch.stack([torch.as_tensor(self.value(seen, s)) for s in self.sites]).cpu().double()
         check_finite(self.name, self._by_name(values), f'in scoring batch {seen.number}')
@@ -169,8 +183,10 @@ class Scorer:
     def result(self):
         "{site name: value} of all batches so far"
         return self._by_name(self.total/self.count)
-    def add(self, other):
-        "Take in the sums of `other`, a scorer of this class that saw other batches"
+    def add(self,
+        other # A scorer of this class that saw other batches
+    ):
+        "Take in the sums of `other`"
         self.total,self.count = self.total+other.total,self.count+other.count
     def _by_name(self, values): return dict(zip([s.name for s in self.sites], values.tolist()))
 

@@ -86,7 +86,9 @@ def _transparent(func):
 class ReadWeights(TorchFunctionMode):
     "While active, tells `note(output, input, weight, ...)` of every product by a linear layer or a convolution"
     products = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-    def __init__(self, note):
+    def __init__(self,
+        note # Called with output, input, weight, ... of a product
+    ):
         super().__init__()
         self.note = note
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -61,7 +61,10 @@ class Setup:
     def autocast(self):
         "bf16 on a GPU, 32 bits on a CPU"
         return torch.autocast('cuda', torch.bfloat16) if self.on_gpu else nullcontext()
-    def time(self, fs, **kwargs):
+    def time(self,
+        fs:dict, # {name: function}, as for `interleave`
+        **kwargs
+    ):
         "`interleave` with this many rounds on this device"
         return interleave(fs, self.steps, self.warmup, self.device, **kwargs)
 
