@@ -179,10 +179,14 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert tests and tests[0] in map(str.strip, text('.ci/run').splitlines())
     assert 'nbdev-test' in tests[0] and any('fclora finetune' in l for l in code_lines(text('README.md')))
 
-def test_readme_is_the_index_notebook(tmp_path):
-    run(bin/'jupyter', 'nbconvert', '--to', 'markdown', root/'nbs/index.ipynb', '--output-dir', tmp_path, '--output', 'README', cwd=tmp_path)
-    made = (tmp_path/'README.md').read_text(encoding='utf-8').splitlines()
-    assert text('README.md').splitlines()==[l for l in made if not l.startswith('#| ')]
+def test_readme_is_the_index_notebook():
+    made = subprocess.run([sys.executable, '-c', 'import readme; print(readme.readme(), end="")'], cwd=root/'nbs/site', capture_output=True, text=True)
+    assert made.returncode==0 and text('README.md')==made.stdout
+    assert len(text('README.md').splitlines())<=90
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r'\]\((?!https?:)([^)#]+)', text('README.md'))
+    assert len(links)>15 and not [l for l in links if not (root/l).exists()]
 
 def test_contributing_names_files_and_commands_that_exist():
     cmds = re.findall(r'\.venv/bin/([\w-]+)', text('CONTRIBUTING.md'))
