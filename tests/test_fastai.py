@@ -1,5 +1,5 @@
 "What people do with a fastai Learner, done with ours; each test backs a row of the table in nbs/tutorials/10_with_fastai.ipynb"
-import json, re, subprocess, sys
+import inspect, json, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -346,3 +346,8 @@ def test_every_row_of_the_page_has_its_test_and_the_reverse():
     rows = re.findall(r'^\| (.*?) \| .* \|$', text, re.M)[2:]
     assert len(rows)==len(set(rows))>10
     assert set(rows)==claims
+
+def test_what_a_user_imports_hides_no_name_of_fastai_or_torch():
+    import fclora.all as ours, fastai.vision.all as fastai_all, torch.nn as nn, torch.nn.functional as F
+    names = {n for n,o in vars(ours).items() if not n.startswith('_') and not inspect.ismodule(o)}
+    assert len(names)>80 and not [(m.__name__, n) for m in (fastai_all, torch, nn, F) for n in names if hasattr(m, n)]
