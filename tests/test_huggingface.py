@@ -408,6 +408,13 @@ class Hub(BaseHTTPRequestHandler):
         self.reply(b, ETag=f'"{oid(b)}"', X_Repo_Commit='a'*40, Content_Type='application/octet-stream') if b is not None else self.reply(status=404, X_Error_Code='EntryNotFound')
     do_HEAD = do_GET
 
+@pytest.fixture(scope='module')
+def run(run, tmp_path_factory):
+    "The run of the session in a folder of its own, since an upload writes a card into it"
+    out = tmp_path_factory.mktemp('hub')/'digits'
+    shutil.copytree(run[0], out)
+    return out,run[1]
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     "A Hub on this machine, with an empty cache and a token that may write"
