@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..sites import *
+from ..precision import *
 from ..find import *
 from .watch import *
 
@@ -254,6 +255,7 @@ def measure(
     loss_func=F.cross_entropy, # Mean loss of a batch, called as `loss_func(model(x), y)`
     n_batches:int=100, # At most this many batches are used
     progress:bool=False, # Show a progress bar?
+    precision:str='fp32', # Of the products: auto, fp32 or bf16; sums are in 32 bits or more
     settled=None # Asked with the metrics so far and the number of batches, after 8, 16, 32, ...; the pass ends when it says yes
 )->dict: # {metric: {site name: value}}
     "Feed every scorer with the same few batches"
@@ -263,7 +265,7 @@ def measure(
     n,ask_at = 0,8
     total = min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
-    with preserved(model), torch.set_grad_enabled(bool(needs)):
+    with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision):
         model.requires_grad_(False)
         for s in sites: site_weight(model, s).requires_grad_(bool(needs))
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
