@@ -105,7 +105,7 @@ def add_forecast(
     except RuntimeError: pass
     return plan
 
-# %% ../nbs/57_planning.ipynb #0ca89dcd
+# %% ../nbs/57_planning.ipynb #38cd807d
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
@@ -122,7 +122,7 @@ def plan_model(
     adapter:str=None, # lora, or your own; the method's by default
     init:str=None, # kaiming, orthogonal (orthonormal rows) or eva (principal components of inputs); the method's by default
     lora_alpha:float=8., # Numerator of the LoRA scaling
-    scaling:str='sqrt', # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r
+    scaling:str=None, # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r, mean for lora_alpha/(mean rank); the method's by default
     rslora:bool=None, # Old name of scaling: true for sqrt, false for rank
     dropout:float=0., # On the input of the adapters
     from_block:int=0, # First block to adapt; the backward pass below it is saved
@@ -140,8 +140,8 @@ def plan_model(
     if isinstance(weights, str): weights = parse_weights(weights)
     sites = find_sites(model, tuple(kinds.split(',')), include, from_block)
     parts = dict(weights=weights, normaliser=normaliser, allocator=allocator, adapter=adapter, init=init)
-    made = dict(lora_alpha=lora_alpha, scaling=scaling, dropout=dropout)
-    p = chosen(method, **parts)
+    p = chosen(method, **parts, scaling=scaling)
+    made = dict(lora_alpha=lora_alpha, scaling=p.scaling, dropout=dropout)
     check_parts(p, **made)
     check_budget(sites, budget, unit, lo, hi, p.adapter)
     dl,settings,metrics = score_dl(dls, bs=score_bs, seed=seed),dict(from_block=from_block),None
