@@ -47,7 +47,7 @@ def test_ranks_start_and_multipliers_equal_those_of_peft(vit, r, rho):
         them,us = tm.get_submodule(s.name),ours.get_submodule(s.path)
         assert us.scaling[s.kind]==pytest.approx(them.scaling['default'])
         A,B = us.lora_A[s.kind],them.lora_A['default'].weight
-        assert ((A[0]*B[0]).sum().abs()>.9, 'the first component, up to its sign; theirs is found from truncated ones'
+        assert (A[0]*B[0]).sum().abs()>.9, 'the first component, up to its sign; theirs is found from truncated ones'
     assert rho==1 or len(set(ranks.values()))>1
 
 def rank_caps_of(sites): return {s.name:min(16, s.d_in, s.d_out) for s in sites}
