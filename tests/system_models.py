@@ -10,18 +10,20 @@ every_kind = ('q','k','v','proj','fc1','fc2','gate','conv')
 
 def deit():
     torch.manual_seed(0)
-    return timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=4)
+    size = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    return timm.create_model('deit_tiny_distilled_patch16_224', num_classes=4, **size)
 def swin():
     torch.manual_seed(0)
-    return timm.create_model('swin_tiny_patch4_window7_224', img_size=32, window_size=4, embed_dim=16, depths=(1,1), num_heads=(1,2), num_classes=4)
+    size = dict(img_size=32, window_size=4, embed_dim=16, depths=(1,1), num_heads=(1,2))
+    return timm.create_model('swin_tiny_patch4_window7_224', num_classes=4, **size)
 def conv():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8*16*16, 4))
 def llama():
     T = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    cfg = T.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                        pad_token_id=0, num_labels=4)
+    cfg = T.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, pad_token_id=0, num_labels=4)
     return T.LlamaForSequenceClassification(cfg)
 
 class Logits(nn.Module):

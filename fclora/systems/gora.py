@@ -46,7 +46,7 @@ def by_root_cost(
 
 allocators['gora'] = by_root_cost
 
-# %% ../../nbs/35_gora.ipynb #feb1f187
+# %% ../../nbs/35_gora.ipynb #11bdea72
 @torch.no_grad()
 def downhill(
     model:torch.nn.Module, # Freshly adapted by LoRA; changed in place
@@ -56,13 +56,14 @@ def downhill(
 ):
     "`B = -xi G A^+`: the first update is the gradient, projected on the rows of `A` (He et al. 2025)"
     input_rows(model, 'gora') # refuses adapters without `lora_A`
-    layers = adapted_layers(model).values()
+    layers = list(adapted_layers(model).values())
     if not layers: return
+    other = next((layer.adapter.__name__ for layer in layers if not isinstance(layer, LoRA)), None)
+    if other: raise ValueError(f'the init gora fills the lora_B of LoRA, not of {other}; take kaiming')
     if batches is None: raise ValueError('the init gora takes gradients: give it batches with targets')
     gradient = GoRA()
     measure(model, batches, [s for layer in layers for s in layer.sites.values()], [gradient], n_batches=n_batches)
     for layer in layers:
-        if not isinstance(layer, LoRA): raise ValueError(f'the init gora fills the lora_B of LoRA, not of {layer.adapter.__name__}; take kaiming')
         for kind,site in layer.sites.items():
             A,G = layer.lora_A[kind],gradient.sums[site.name]/gradient.count
             xi = gamma/layer.scaling[kind]*math.sqrt(site.d_in/len(A))

@@ -23,7 +23,7 @@ from ..scorers.measure import *
 from ..plan import *
 from ..initialisers import *
 
-# %% ../../nbs/36_step_sizes.ipynb #5f135329
+# %% ../../nbs/36_step_sizes.ipynb #c9666040
 def first_steps(
     model:nn.Module, # Not adapted; left as it is
     plan:Plan, # Its adapters are tried
@@ -35,7 +35,8 @@ def first_steps(
     with preserved(model), torch.enable_grad(): # and the random states
         torch.manual_seed(plan.seed)
         net = freeze(init_adapters(plan.adapt(deepcopy(model)), plan.init, [batch]))
-        def deltas(): return {s.name:layer.site_delta(kind).detach() for layer in adapted_layers(net).values() for kind,s in layer.sites.items()}
+        def deltas():
+            return {s.name:layer.site_delta(kind).detach() for layer in adapted_layers(net).values() for kind,s in layer.sites.items()}
         before = deltas()
         batch_loss(net, batch, loss_func).backward()
         torch.optim.AdamW([p for p in adapter_params(net).values() if p.requires_grad], lr, weight_decay=0.).step()
