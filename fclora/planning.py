@@ -105,7 +105,7 @@ def add_forecast(
     except RuntimeError: pass
     return plan
 
-# %% ../nbs/57_planning.ipynb #38cd807d
+# %% ../nbs/57_planning.ipynb #2245bdac
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
@@ -122,7 +122,7 @@ def plan_model(
     adapter:str=None, # lora, or your own; the method's by default
     init:str=None, # kaiming, orthogonal (orthonormal rows) or eva (principal components of inputs); the method's by default
     lora_alpha:float=8., # Numerator of the LoRA scaling
-    scaling:str=None, # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r, mean for lora_alpha/(mean rank); the method's by default
+    scaling:str=None, # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r, mean for lora_alpha/mean(r); the method's
     rslora:bool=None, # Old name of scaling: true for sqrt, false for rank
     dropout:float=0., # On the input of the adapters
     from_block:int=0, # First block to adapt; the backward pass below it is saved
