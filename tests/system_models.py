@@ -16,6 +16,16 @@ def swin():
     torch.manual_seed(0)
     size = dict(img_size=32, window_size=4, embed_dim=16, depths=(1,1), num_heads=(1,2))
     return timm.create_model('swin_tiny_patch4_window7_224', num_classes=4, **size)
+def beit():
+    torch.manual_seed(0)
+    size = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    model = timm.create_model('beit_base_patch16_224', num_classes=4, **size)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1*torch.randn_like(p)) # LayerScale and head start too small to see anything
+    return model
+def torch_encoder():
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, dropout=0., batch_first=True), 2, enable_nested_tensor=False)
 def conv():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8*16*16, 4))
@@ -31,11 +41,12 @@ class Logits(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(input_ids=x).logits
 
-made = dict(deit=deit, swin=swin, conv=conv, llama=lambda: Logits(llama()))
+made = dict(deit=deit, swin=swin, beit=beit, mha=torch_encoder, conv=conv, llama=lambda: Logits(llama()))
 
 def inputs(name, n=3):
     g = torch.Generator().manual_seed(1)
-    return torch.randint(1, 64, (n,7), generator=g) if name=='llama' else torch.randn(n, 3, 32, 32, generator=g)
+    if name=='llama': return torch.randint(1, 64, (n,7), generator=g)
+    return torch.randn(n, *((5,16) if name=='mha' else (3,32,32)), generator=g)
 
 def unequal(model):
     "Ranks 0 to 3, unequal in every fused layer"
@@ -102,7 +113,7 @@ def compiles(name, adapter):
     out.square().sum().backward()
     assert all(p.grad is not None for p in adapter_params(net, frozen=False).values())
 
-every_model = ('deit','swin','conv','llama')
+every_model = ('deit','swin','beit','mha','conv','llama')
 
 def runs_end_to_end(folder, method, **options):
     "Plan, train, calibrate, test, save, load, predict and merge; returns the run"

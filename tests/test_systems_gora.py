@@ -33,7 +33,7 @@ def gradients(net, data):
     return {n:p.grad for n,p in net.named_parameters()}
 
 @pytest.mark.parametrize('adapter', ['lora','dora'])
-@pytest.mark.parametrize('name', S.every_model)
+@pytest.mark.parametrize('name', ['deit','swin','beit','conv','llama'])
 def test_the_update_at_the_start_is_the_projected_gradient_and_weights_are_untouched(name, adapter):
     base,data = S.made[name]().eval(),batches(name)
     grads = gradients(base, data)
