@@ -100,11 +100,12 @@ def test_the_method_from_the_command_to_merged_weights(tmp_path):
     run = S.runs_end_to_end(tmp_path, 'eva', lo=0, score_batches=3)
     assert run.plan.total_rank==40 and run.plan.init=='eva' and len(set(run.config['scaling'].values()))==1
 
-def test_its_allocator_goes_with_another_adapter(tmp_path):
-    run = S.runs_end_to_end(tmp_path, 'eva', adapter='dora', init='kaiming', scaling='sqrt')
-    assert (run.plan.adapter,run.plan.scaling)==('dora','sqrt')
+def test_its_allocator_goes_with_another_method(tmp_path):
+    run = S.runs_end_to_end(tmp_path, 'dora', allocator='eva')
+    assert (run.plan.adapter,run.plan.scaling,run.plan.weights)==('dora','sqrt',{}) and len(set(run.plan.ranks.values()))>1
+    assert set(run.plan.metrics)=={'spectrum'}
 
-def test_other_scores_are_refused_with_the_way_out():
+def test_other_scores_are_refused():
     sites = find_sites(S.deit())
-    with pytest.raises(ValueError, match='--weights spectrum=1'):
+    with pytest.raises(ValueError, match='needs the metric spectrum'):
         make_plan('deit', sites, dict(fisher={s.name:1. for s in sites}), 'eva', budget=12, weights=dict(fisher=1.))

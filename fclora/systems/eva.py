@@ -28,7 +28,7 @@ class Spectrum(InputPCA):
 
 scorers['spectrum'] = Spectrum
 
-# %% ../../nbs/34_eva.ipynb #e97ad45e
+# %% ../../nbs/34_eva.ipynb #c49db314
 def top_components(
     scores:dict, # {site: score}; only its sites matter
     budget:int, # Ranks, or parameters when `costs` are given
@@ -40,7 +40,7 @@ def top_components(
 )->dict: # {site: rank}
     "A rank to each of the components, of all sites, that explain the largest shares of variance"
     if 'spectrum' not in (metrics or {}):
-        raise ValueError('the allocator eva counts principal components: it needs the metric spectrum, as in --weights spectrum=1')
+        raise ValueError('the allocator eva counts principal components: it needs the metric spectrum')
     names = list(scores)
     lo,hi,price = limits(names, budget, lo, hi, costs)
     cap,offers = round(rho*budget/price.sum()),[]
@@ -52,6 +52,7 @@ def top_components(
         if price[i]<=left: ranks[i],left = ranks[i]+1,left-int(price[i])
     return dict(zip(names, ranks.tolist()))
 
+top_components.needs = ('spectrum',) # is measured for it, whatever the score is made of
 allocators['eva'] = top_components
 
 # %% ../../nbs/34_eva.ipynb #de914e15
