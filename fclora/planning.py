@@ -105,7 +105,7 @@ def add_forecast(
     except RuntimeError: pass
     return plan
 
-# %% ../nbs/57_planning.ipynb #2245bdac
+# %% ../nbs/57_planning.ipynb #174ffbcc
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
@@ -151,8 +151,8 @@ def plan_model(
     plan_of = partial(make_plan, name, sites, seed=seed, settings=settings, **spend, **parts, **made)
     def evaluate(ranks): # for an allocator that searches
         return trial_loss(model, Plan(name, sites, ranks, budget, adapter=p.adapter, init=p.init, **made), dl, dls.valid, seed=seed)
-    if p.weights and reads_scores(allocators[p.allocator]):
+    if wanted := metrics_needed(p):
         tol = 0 if searches(p.allocator) else settle
-        metrics,batches = measure_until(plan_of, model, dl, sites, list(p.weights), score_batches, tol, progress)
+        metrics,batches = measure_until(plan_of, model, dl, sites, wanted, score_batches, tol, progress)
         settings.update(score_batches=batches, score_bs=score_bs or dls.bs, head_warmup=head_warmup, settle=settle)
     return add_forecast(plan_of(metrics, evaluate=evaluate), model, dls)
