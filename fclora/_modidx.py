@@ -381,6 +381,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fclora.make_plan.check_budget': ('make_plan.html#check_budget', 'fclora/make_plan.py'),
                                   'fclora.make_plan.check_parts': ('make_plan.html#check_parts', 'fclora/make_plan.py'),
                                   'fclora.make_plan.make_plan': ('make_plan.html#make_plan', 'fclora/make_plan.py'),
+                                  'fclora.make_plan.metrics_needed': ('make_plan.html#metrics_needed', 'fclora/make_plan.py'),
                                   'fclora.make_plan.rank_prices': ('make_plan.html#rank_prices', 'fclora/make_plan.py'),
                                   'fclora.make_plan.searches': ('make_plan.html#searches', 'fclora/make_plan.py'),
                                   'fclora.make_plan.site_metrics': ('make_plan.html#site_metrics', 'fclora/make_plan.py'),
