@@ -15,7 +15,7 @@ from dataclasses import dataclass,field,replace
 from .checks import *
 from .scorers.composite import *
 
-# %% ../nbs/31_presets.ipynb #5db40303
+# %% ../nbs/31_presets.ipynb #8fc0d35d
 @dataclass(frozen=True)
 class Preset:
     "The parts of a method"
@@ -27,6 +27,8 @@ class Preset:
     init:str='kaiming' # One of `initialisers`
     schedule:str='' # One of `schedules`, or none
     recipe:dict=field(default_factory=dict) # Defaults of the training recipe that it changes
+    scaling:str='sqrt' # One of `scalings`
+    source:str='' # Where it is described, such as arXiv 2402.09353
 
 presets = dict(
     fclora=Preset('FC-LoRA: ranks by Fisher information, gradient and covariance', paper_weights, allocator='waterfill'),
