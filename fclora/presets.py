@@ -15,7 +15,7 @@ from dataclasses import dataclass,field,replace
 from .checks import *
 from .scorers.composite import *
 
-# %% ../nbs/31_presets.ipynb #5db40303
+# %% ../nbs/31_presets.ipynb #52592d24
 @dataclass(frozen=True)
 class Preset:
     "The parts of a method"
@@ -26,7 +26,9 @@ class Preset:
     adapter:str='lora' # One of `adapters`
     init:str='kaiming' # One of `initialisers`
     schedule:str='' # One of `schedules`, or none
+    excess:float=1. # Ranks at the start as a multiple of the budget, where the schedule prunes them to it
     recipe:dict=field(default_factory=dict) # Defaults of the training recipe that it changes
+    source:str='' # Where it is described, such as arXiv 2402.09353
 
 presets = dict(
     fclora=Preset('FC-LoRA: ranks by Fisher information, gradient and covariance', paper_weights, allocator='waterfill'),
