@@ -30,10 +30,9 @@ from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
 from torchvision.transforms.functional import to_pil_image
 
-# %% ../../nbs/53_learner.ipynb #575d6a61
+# %% ../../nbs/53_learner.ipynb #67e825d9
 from ..sites import *
 from ..adapt import *
-from ..checks import *
 from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
@@ -149,7 +148,7 @@ def recipe_cbs(
     if device.type=='cuda': cbs.append(MixedPrecision('bf16'))
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #b1f1c101
+# %% ../../nbs/53_learner.ipynb #a1927da6
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -165,7 +164,7 @@ def fclora_learner(
     regime = check_inputs(model, plan)
     rcp = learning_rates(model, regime, rcp or recipe())
     if checkpointing: recompute_blocks(model); recompute_blocks(model, False) # refuse before anything is changed
-    schedule = [registered(schedules, plan.schedule, 'schedule')()] if regime=='adapters' and plan.schedule else []
+    schedule = plan_schedules(plan) if regime=='adapters' else []
     set_seed(seed)
     make_trainable(model.to(dls.device), plan, dls, seed)
     if checkpointing: recompute_blocks(model)
