@@ -22,7 +22,7 @@ from ..presets import *
 from ..train.schedules import *
 from .blocks import *
 
-# %% ../../nbs/64_stiefel.ipynb #80c6c64d
+# %% ../../nbs/64_stiefel.ipynb #24a75c6c
 def _by_qr(X, D):
     "Orthonormalise the columns of `X+D` from the first to the last"
     Q,R = torch.linalg.qr(X+D)
@@ -30,9 +30,9 @@ def _by_qr(X, D):
 
 def _by_polar(X, D):
     "The orthonormal matrix that is nearest to `X+D`"
-    Y = X+D
-    size,V = torch.linalg.eigh(Y.mT@Y)
-    return Y@(V*size.rsqrt()[...,None,:])@V.mT
+    Q,R = torch.linalg.qr(X+D)
+    U,_,Vt = torch.linalg.svd(R)
+    return Q@U@Vt
 
 def _by_cayley(X, D):
     "Turn `X` by the Cayley transform of a skew matrix of rank 2r, which is never formed"
@@ -86,7 +86,7 @@ class StiefelLoRA(LoRA):
 
 adapters['stiefel'] = StiefelLoRA
 
-# %% ../../nbs/64_stiefel.ipynb #92dfb88a
+# %% ../../nbs/64_stiefel.ipynb #51a3136c
 def same_shape(
     model:nn.Module # Adapted
 )->dict: # {(axis, shape, type, device): factors}, as `tall` takes them together
@@ -114,7 +114,7 @@ def on_stiefel(
     for X,((axis,*_),ps) in zip(starts, groups.items()):
         D = tall(ps, axis)-X
         D = D-X@(X.mT@D+D.mT@X)/2
-        put(retractions[retraction](X, D), ps, axis)
+        if D.isfinite().all(): put(retractions[retraction](X, D), ps, axis) # else the next loss is no number either, and says so
 
 # %% ../../nbs/64_stiefel.ipynb #9226cbab
 class StiefelSteps(Callback):
