@@ -66,7 +66,7 @@ Modules:
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
 - `fclora.systems.cka`: Adapt the blocks that change the representation of an image most
 - `fclora.systems.stella`: An update in the form of a singular value decomposition, with both subspaces on the Stiefel manifold
-- `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns while it trains, and FoRA, which has such adapters in half of the blocks
+- `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image, and what its frozen features could say

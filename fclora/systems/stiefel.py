@@ -1,4 +1,4 @@
-"""LoRA whose `B` keeps orthonormal columns while it trains, and FoRA, which has such adapters in half of the blocks
+"""LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 
 In `StiefelLoRA` the columns of `B` stay orthonormal, so that no two ranks can do the same, and a gate opens from 0. Any
 optimiser can train it: `on_stiefel` surrounds one step, and brings every factor that an adapter calls `orthonormal` back
