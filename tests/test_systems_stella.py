@@ -113,3 +113,9 @@ def test_other_adapters_have_no_singular_values_to_fill():
     _,net = st.adapted('deit', 'lora')
     with pytest.raises(ValueError, match='the init stella fills lora_S'): init_adapters(net, 'stella')
     assert adapters['stella'] is Stella and presets['stella'].source=='arXiv 2510.01938'
+
+@pytest.mark.parametrize('adapter', ['stiefel','stella'])
+def test_peft_has_no_counterpart_and_says_so(adapter, tmp_path):
+    from fclora.deploy.peft import save_peft
+    _,net = st.adapted('deit', adapter)
+    with pytest.raises(ValueError, match=f'PEFT has no counterpart of the adapter {adapter!r}'): save_peft(net, tmp_path)
