@@ -147,11 +147,12 @@ def samples(self:Seen,
     gs = [_per_sample(layer, _features_last(layer, p.grad)[...,rows], b) for p in products]
     return torch.cat(xs, 1).float(),torch.cat(gs, 1).float()*b # of a mean loss, each sample's own is one b-th
 
-# %% ../../nbs/10_measure.ipynb #cd444fcb
+# %% ../../nbs/10_measure.ipynb #116cf8a1
 class Scorer:
     "One number a site from a pass over batches: the mean of `value`, unless a subclass keeps other sums"
     name = '' # Of the metric, and of the scorer in `scorers`
     needs = () # Of weight_grad and output_grad; with neither, the pass is forward only
+    runs_again = False # Does it run the model once more for every batch?
 
     def value(self,
         seen:Seen, # What one batch shows
@@ -250,7 +251,7 @@ def _results(scorers):
                              'initialise it, or train it first (`warmup_head`, --head-warmup)')
     return metrics
 
-# %% ../../nbs/10_measure.ipynb #c0df83b8
+# %% ../../nbs/10_measure.ipynb #4d18faaf
 def measure(
     model:nn.Module, # Any model; left as it is
     batches, # Iterable of batches, best without augmentation
@@ -266,8 +267,7 @@ def measure(
     sites = sites or find_sites(model)
     scorers = [_made(s) for s in scorers or default_scorers]
     needs = {o for s in scorers for o in s.needs}
-    n,ask_at = 0,8
-    total = min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
+    n,ask_at,total = 0,8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
     with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision), ExitStack() as stack:
         model.requires_grad_(False)
@@ -276,7 +276,7 @@ def measure(
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
         for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
             seen = look(model, sites, batch, needs, loss_func, n)
-            for s in scorers: s.update(seen)
+            for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
             if settled and n==ask_at:
                 if settled(_results(scorers), n): break
                 ask_at *= 2

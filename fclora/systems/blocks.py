@@ -98,7 +98,7 @@ class BlockFisher(Scorer):
         super().update(seen)
     def value(self, seen, site): return self.values[block_path(site.name)]
 
-# %% ../../nbs/37_blocks.ipynb #a64bee5f
+# %% ../../nbs/37_blocks.ipynb #90d4aba5
 def one_by_one(
     batch, # (inputs..., targets) or a dict of tensors
     n:int # Samples in it
@@ -109,7 +109,7 @@ def one_by_one(
 
 class SampleBlockFisher(BlockFisher):
     "The same from each sample's own loss; the same at every batch size, and several times slower"
-    name = 'sample_block_fisher'
+    name,runs_again = 'sample_block_fisher',True
     def update(self, seen):
         for one in one_by_one(seen.batch, seen.n_samples):
             super().update(look(seen.model, [], one, self.needs, seen.loss_func, seen.number))
