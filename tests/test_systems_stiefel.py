@@ -341,6 +341,12 @@ def test_the_adapter_brings_its_retraction_and_the_plan_may_name_another(dls, me
     assert plan.total_rank==36
     if plan.adapter=='stiefel': assert far(learn.model)<1e-5 and all(g!=0 for m in adapted_layers(learn.model).values() for g in m.gate.values())
 
+@pytest.mark.parametrize('retraction', ['qr','cayley'])
+def test_mixed_precision_of_ours_leaves_it_orthonormal(dls, retraction):
+    plan = replace(make_plan('vit_pico', find_sites(pico()), method='uniform', budget=36, adapter='stiefel'), schedule=f'stiefel_{retraction}')
+    learn = fit(fclora_learner(dls, pico(), plan, recipe(epochs=2, precision='bf16', clip=.5), cbs=GradientAccumulation(32)))
+    assert far(learn.model)<1e-5 and {p.dtype for p in adapter_params(learn.model).values()}=={torch.float32}
+
 @pytest.mark.parametrize('keep', [[2,0], 7])
 def test_resizing_in_the_middle(dls, keep):
     class At(Schedule):
