@@ -27,7 +27,7 @@ def check_rank(
     if not isinstance(r, int) or isinstance(r, bool) or not 0<=r<=hi:
         raise ValueError(f'rank of {site.name} must be a whole number in 0..{hi} (it maps {site.d_in} to {site.d_out}), got {r!r}')
 
-# %% ../nbs/04_adapt.ipynb #f1a66f37
+# %% ../nbs/04_adapt.ipynb #aaeb2226
 def adapt(
     model:nn.Module, # Changed in place
     ranks:dict, # {site name: rank}; 0 or absent leaves a site as it is
@@ -45,6 +45,7 @@ def adapt(
         if r: layers.setdefault(s.path, {})[s] = r
     for path in layers:
         if isinstance(model.get_submodule(path), Adapter): raise ValueError(f'{path} is adapted already; call unload(model) first')
+    scaling = site_scalings(ranks, lora_alpha, scaling)
     for path,rs in layers.items(): adapt_layer(model.get_submodule(path), rs, adapter, lora_alpha, scaling, dropout)
     return model
 
@@ -61,29 +62,30 @@ def current_ranks(
     "The ranks that `model` has now"
     return {s.name:m.rank(kind) for m in adapted_layers(model).values() for kind,s in m.sites.items()}
 
-# %% ../nbs/04_adapt.ipynb #28a82d0d
+# %% ../nbs/04_adapt.ipynb #c8602122
 def adapter_params(
-    model:nn.Module # Adapted or not
+    model:nn.Module, # Adapted or not
+    frozen:bool=True # Also the parts that do not train?
 )->dict: # {dotted name: parameter}
-    "What the adapters of `model` train"
+    "What the adapters of `model` consist of"
     return {f'{path}.{name}.{kind}':p for path,m in adapted_layers(model).items()
-            for name in m.parts for kind,p in getattr(m, name).items()}
+            for name in m.parts if frozen or name not in m.frozen for kind,p in getattr(m, name).items()}
 
-# %% ../nbs/04_adapt.ipynb #1668110e
+# %% ../nbs/04_adapt.ipynb #0692a15d
 def freeze(
     model:nn.Module # Changed in place
 )->nn.Module: # `model`
     "Let only the adapters and the head of `model` train"
-    heads,ours = head_names(model),adapter_params(model)
+    heads,ours = head_names(model),adapter_params(model, frozen=False)
     for n,p in model.named_parameters(): p.requires_grad_(n in ours or is_head(n, heads))
     return model
 
-# %% ../nbs/04_adapt.ipynb #8bb41a24
+# %% ../nbs/04_adapt.ipynb #c1c171aa
 def count_params(
     model:nn.Module # Adapted or not
 )->dict: # Numbers of parameters, and two percentages
     "Parameters of `model` by role, and the trained share as the papers count it and with the head"
-    heads,ours,n = head_names(model),adapter_params(model),dict(adapter=0, head=0, backbone=0)
+    heads,ours,n = head_names(model),adapter_params(model, frozen=False),dict(adapter=0, head=0, backbone=0)
     for k,p in model.named_parameters():
         role = 'adapter' if k in ours else 'head' if is_head(k, heads) else 'backbone'
         n[role] += p.numel()

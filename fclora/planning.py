@@ -107,7 +107,7 @@ def add_forecast(
     except RuntimeError: pass
     return plan
 
-# %% ../nbs/57_planning.ipynb #0ca89dcd
+# %% ../nbs/57_planning.ipynb #174ffbcc
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
@@ -124,7 +124,7 @@ def plan_model(
     adapter:str=None, # lora, or your own; the method's by default
     init:str=None, # kaiming, orthogonal (orthonormal rows) or eva (principal components of inputs); the method's by default
     lora_alpha:float=8., # Numerator of the LoRA scaling
-    scaling:str='sqrt', # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r
+    scaling:str=None, # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r, mean for lora_alpha/mean(r); the method's
     rslora:bool=None, # Old name of scaling: true for sqrt, false for rank
     dropout:float=0., # On the input of the adapters
     from_block:int=0, # First block to adapt; the backward pass below it is saved
@@ -143,8 +143,8 @@ def plan_model(
     if isinstance(weights, str): weights = parse_weights(weights)
     sites = find_sites(model, tuple(kinds.split(',')), include, from_block)
     parts = dict(weights=weights, normaliser=normaliser, allocator=allocator, adapter=adapter, init=init)
-    made = dict(lora_alpha=lora_alpha, scaling=scaling, dropout=dropout)
-    p = chosen(method, **parts)
+    p = chosen(method, **parts, scaling=scaling)
+    made = dict(lora_alpha=lora_alpha, scaling=p.scaling, dropout=dropout)
     check_parts(p, **made)
     check_budget(sites, budget, unit, lo, hi, p.adapter)
     dl,settings,metrics = score_dl(dls, bs=score_bs, seed=seed),dict(from_block=from_block),None
@@ -154,8 +154,8 @@ def plan_model(
     plan_of = partial(make_plan, name, sites, seed=seed, settings=settings, **spend, **parts, **made)
     def evaluate(ranks): # for an allocator that searches
         return trial_loss(model, Plan(name, sites, ranks, budget, adapter=p.adapter, init=p.init, **made), dl, dls.valid, seed=seed)
-    if p.weights and reads_scores(allocators[p.allocator]):
+    if wanted := metrics_needed(p):
         tol = 0 if searches(p.allocator) else settle
-        metrics,batches = measure_until(plan_of, model, dl, sites, list(p.weights), score_batches, tol, progress, precision)
+        metrics,batches = measure_until(plan_of, model, dl, sites, wanted, score_batches, tol, progress, precision)
         settings.update(score_batches=batches, score_bs=score_bs or dls.bs, head_warmup=head_warmup, settle=settle)
     return add_forecast(plan_of(metrics, evaluate=evaluate), model, dls)

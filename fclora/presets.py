@@ -15,7 +15,7 @@ from dataclasses import dataclass,field,replace
 from .checks import *
 from .scorers.composite import *
 
-# %% ../nbs/31_presets.ipynb #52592d24
+# %% ../nbs/31_presets.ipynb #8fc0d35d
 @dataclass(frozen=True)
 class Preset:
     "The parts of a method"
@@ -28,6 +28,7 @@ class Preset:
     schedule:str='' # One of `schedules`, or none
     excess:float=1. # Ranks at the start as a multiple of the budget, where the schedule prunes them to it
     recipe:dict=field(default_factory=dict) # Defaults of the training recipe that it changes
+    scaling:str='sqrt' # One of `scalings`
     source:str='' # Where it is described, such as arXiv 2402.09353
 
 presets = dict(

@@ -586,7 +586,7 @@ def test_normalisers_by_hand():
     assert normalise(vals, 'log')==pytest.approx(dict(a=np.log(4)/np.log(1000), b=0, c=1, d=0))
     assert normalise(dict(a=1., b=1., c=2.), 'rank')==pytest.approx(dict(a=.25, b=.25, c=1))   # ties share a rank
 
-@pytest.mark.parametrize('how', normalisers)
+@pytest.mark.parametrize('how', ('minmax','rank','log'))
 def test_normalisers_keep_order_and_ignore_scale(how):
     x = {str(i):v for i,v in enumerate(np.random.default_rng(0).lognormal(0, 3, 36))}
     n = normalise(x, how)

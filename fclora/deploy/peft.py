@@ -65,7 +65,7 @@ def _refuse_adapter(name):
     raise ValueError(f'PEFT has no counterpart of the adapter {name!r}, only of lora: '
                      'train with adapter lora, or merge the adapters')
 
-# %% ../../nbs/81_peft.ipynb #086bb6c6
+# %% ../../nbs/81_peft.ipynb #90457fe3
 def to_peft(
     plan:Plan, # Sites of rank 0 are left out
     model:nn.Module=None, # The model it was made for, not yet PEFT's: names are checked, and its head is trained and saved
@@ -81,11 +81,8 @@ def to_peft(
     if fused := sorted({s.path for s in sites if s.name!=s.path}):
         warnings.warn(f'{fused[0]} computes query, key and value in one: PEFT gets one adapter there whose rank is the sum '
                       'of theirs, and training it in PEFT fills the zeros between their blocks', stacklevel=2)
-    layers = {}
-    for s in sites:
-        r = plan.ranks[s.name]
-        own = plan.scaling[s.name] if isinstance(plan.scaling, dict) else lora_scaling(r, plan.lora_alpha, plan.scaling)
-        layers.setdefault(s.path, []).append((r, own))
+    layers,scaling = {},site_scalings(plan.ranks, plan.lora_alpha, plan.scaling)
+    for s in sites: layers.setdefault(s.path, []).append((plan.ranks[s.name], scaling[s.name]))
     if not layers: raise ValueError('every rank is 0, so there is nothing to adapt')
     same_rule = isinstance(plan.scaling, str) and plan.scaling in ('sqrt','rank')
     alpha,rule = (plan.lora_alpha,plan.scaling) if same_rule else _best_alpha(layers)

@@ -8,7 +8,7 @@ means of the features, and `start_head` puts either into the heads of a model, s
 
 # %% auto #0
 __all__ = ['strengths', 'softness', 'Probe', 'spread', 'folded', 'mean_loss', 'fit_linear', 'fold_numbers', 'held_out', 'right',
-           'held_out_table', 'search_effort', 'fit_probe', 'soft_probe', 'start_head']
+           'held_out_table', 'search_effort', 'fit_probe', 'sureness', 'soft_probe', 'start_head']
 
 # %% ../../nbs/46_probe.ipynb #8674ab81
 from dataclasses import dataclass
@@ -167,23 +167,39 @@ def fit_probe(
     weight,bias = (torch.stack(o).cpu() for o in zip(*fits))
     return folded(weight, bias, mean, std, **best)
 
-# %% ../../nbs/46_probe.ipynb #1cc0920f
-softness = 2. # Measured on three problems, see the page of results on the recipe
+# %% ../../nbs/46_probe.ipynb #0faf9119
+softness = .9 # Share of the loss of knowing nothing that is left; see the page of results on starts
+
+def sureness(
+    logits:torch.Tensor, # (n, c) of class means, without bias
+    bias:torch.Tensor, # (c,)
+    targs:torch.Tensor, # As for `mean_loss`
+    share:float # Of the loss without features that is to be left
+)->float: # Multiplier of the logits
+    "How far to scale `logits` until `share` of the loss is left; less far where the loss would rise again"
+    def loss(scale): return mean_loss(logits*scale+bias, targs).item()
+    wanted,low,high = share*loss(0),0,1/logits.abs().max().item()
+    while loss(high)>wanted and loss(2*high)<loss(high): low,high = high,2*high
+    for _ in range(30):
+        middle = (low+high)/2
+        low,high = (middle,high) if loss(middle)>wanted else (low,middle)
+    return high
 
 def soft_probe(
     X:torch.Tensor, # (n, heads, d) features of the training images
     targs:torch.Tensor, # As for `mean_loss`
     c:int, # Classes
-    strength:float=softness # Of the regularisation that it is the limit of
+    share:float=softness # Of the loss of knowing nothing but the class frequencies that is to be left
 )->Probe:
-    "Class means of standardised features over `strength`: where ever stronger logistic regression tends to"
+    "Class means of standardised features, scaled so that most of the loss is left"
     mean,std = spread(X)
-    labels = F.one_hot(targs, c).float() if targs.ndim==1 else targs.float()
-    share = labels.mean(0)
-    weight = torch.einsum('nc,nhd->hcd', labels-share, (X-mean)/std)/len(X)/strength
-    bias = share.clamp(1e-4, 1-1e-4)
-    bias = bias.log() if targs.ndim==1 else bias.logit()
-    return folded(weight, bias.expand(len(weight), c), mean, std, strength=strength)
+    labels,Z = F.one_hot(targs, c).float() if targs.ndim==1 else targs.float(),(X-mean)/std
+    often = labels.mean(0).clamp(1e-4, 1-1e-4)
+    bias = often.log() if targs.ndim==1 else often.logit()
+    means = torch.einsum('nc,nhd->hcd', labels-labels.mean(0), Z)/len(X)
+    scales = [sureness(Z[:,h]@w.T, bias, targs, share) for h,w in enumerate(means)]
+    weight = torch.stack([w*scale for w,scale in zip(means, scales)])
+    return folded(weight, bias.expand(len(weight), c), mean, std)
 
 # %% ../../nbs/46_probe.ipynb #59c649a2
 def start_head(

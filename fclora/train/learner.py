@@ -42,27 +42,27 @@ from .recipe import *
 from .callbacks import *
 from .schedules import *
 
-# %% ../../nbs/53_learner.ipynb #61990ee0
+# %% ../../nbs/53_learner.ipynb #4eb62f40
 def param_groups(
     model:nn.Module, # Adapted as it is to be trained
-    regime:str='adapters' # full trains everything, adapters and head all but the frozen backbone
+    regime:str='adapters', # full trains everything, adapters and head all but the frozen backbone
+    b_apart:bool=False # Are the `lora_B` of the adapters a part of their own, backbone_B?
 )->dict: # {(part, decayed?): parameters}, part being backbone or head; empty groups are left out
     "Parameters of `model` that train, by part and by whether weight decay applies"
-    heads,adapted,groups = head_names(model),adapter_params(model),{}
+    heads,adapted,groups = head_names(model),adapter_params(model, frozen=False),{}
     for n,p in model.named_parameters():
-        in_head = is_head(n, heads)
-        if regime=='full' or in_head or n in adapted:
-            groups.setdefault(('head' if in_head else 'backbone', p.ndim>1), []).append(p)
+        part = 'head' if is_head(n, heads) else 'backbone_B' if b_apart and '.lora_B.' in n else 'backbone'
+        if regime=='full' or part=='head' or n in adapted: groups.setdefault((part, p.ndim>1), []).append(p)
     return dict(sorted(groups.items()))
 
-# %% ../../nbs/53_learner.ipynb #185823ee
+# %% ../../nbs/53_learner.ipynb #8d162799
 def splitter(
     model:nn.Module, # Adapted as it is to be trained
     regime:str='adapters', # As for `param_groups`
     groups:list=None # Which groups in which order, also where one is empty by now; all that are not empty by default
 )->list: # One list of parameters a group
     "The groups of `param_groups`, as fastai wants them"
-    found = param_groups(model, regime)
+    found = param_groups(model, regime, any(part=='backbone_B' for part,_ in groups or ()))
     return [found.get(g, []) for g in groups or found]
 
 # %% ../../nbs/53_learner.ipynb #a641c928
@@ -151,7 +151,7 @@ def recipe_cbs(
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #9a7a3c73
+# %% ../../nbs/53_learner.ipynb #5e6ae145
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -173,7 +173,7 @@ def fclora_learner(
     make_trainable(model, plan, dls, seed)
     if checkpointing: recompute_blocks(model)
     if compile: model.compile()
-    groups = list(param_groups(model, regime))
+    groups = list(param_groups(model, regime, rcp.get('b_ratio', 1)!=1))
     learn = FCLoRALearner(
         dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), adamw(dls.device), lr=rcp['lr'],
         splitter=partial(splitter, regime=regime, groups=groups), wd=[rcp['wd']*decayed for _,decayed in groups],
@@ -182,12 +182,13 @@ def fclora_learner(
     learn.recipe,learn.groups = rcp,groups
     return learn
 
-# %% ../../nbs/53_learner.ipynb #0b2dd132
+# %% ../../nbs/53_learner.ipynb #fa063ed2
 @patch
 def fit_recipe(self:FCLoRALearner):
-    "Train as `self.recipe` says: its epochs, its schedule, one learning rate for the backbone and one for the head"
+    "Train as `self.recipe` says: its epochs, its schedule, its learning rates for adapters or backbone and for the head"
     r = self.recipe
-    lrs = [r['head_lr'] if part=='head' else r['lr'] for part,_ in self.groups]
+    rates = dict(backbone=r['lr'], backbone_B=r['lr']*r.get('b_ratio', 1), head=r['head_lr'])
+    lrs = [rates[part] for part,_ in self.groups]
     try:
         if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0)
         else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'])
@@ -195,13 +196,13 @@ def fit_recipe(self:FCLoRALearner):
         raise FloatingPointError(str(e).splitlines()[-1].strip()) from None
     return self
 
-# %% ../../nbs/53_learner.ipynb #d738b2b3
+# %% ../../nbs/53_learner.ipynb #76f671da
 @patch
 def freeze_to(self:FCLoRALearner,
     n:int # 0: adapters and head train, in full fine-tuning everything. 1 or -1: the head alone
 ):
     "Freeze the parts before `n`: `freeze()` leaves the head, `unfreeze()` adapters and head, never the backbone"
-    groups = [part for part,_ in self.groups]
+    groups = [part.removesuffix('_B') for part,_ in self.groups] # adapters freeze as a whole
     parts = list(dict.fromkeys(groups))
     if not -len(parts)<=n<len(parts):
         raise ValueError(f"freeze_to({n}) is out of range: this Learner trains {len(parts)} part(s), {', '.join(parts)}")

@@ -15,13 +15,14 @@ from torch import nn
 from ..sites import *
 from ..precision import *
 
-# %% ../../nbs/50_recipe.ipynb #cf2a175d
+# %% ../../nbs/50_recipe.ipynb #62ff3c8b
 bases = dict(auto=dict(head='probe', keep='best'), paper=dict(epochs=10, head='fresh', keep='last', cutmix=1.))
 
 def recipe(
     epochs:int=None, # Passes over the training images; by default as many as make 600 steps, but 5 to 20
     batch_size:int=32, # Images a step
     lr:float=None, # Learning rate of adapters, or of the backbone in full fine-tuning; by default from the model's width
+    b_ratio:float=1., # Learning rate of an adapter's lora_B over that of the rest of it (LoRA+: 16)
     head_lr:float=None, # Learning rate of the head; by default from the model's width
     wd:float=.05, # AdamW's decoupled weight decay; never on biases and norms
     schedule:str='cosine', # cosine (no warm-up) or onecycle
@@ -38,16 +39,17 @@ def recipe(
 )->dict: # These values; `epochs`, `lr`, `head_lr` and `cutmix` may still be None
     "Every value that the papers leave open, in one place"
     if base not in bases: raise ValueError(f"recipe must be one of {', '.join(bases)}, got {base!r}")
-    given = dict(epochs=epochs, batch_size=batch_size, lr=lr, head_lr=head_lr, wd=wd, schedule=schedule, pct_start=pct_start,
-                 cutmix=cutmix, smoothing=smoothing, clip=clip, head_std=head_std, head=head, keep=keep, patience=patience, precision=precision)
+    given = dict(epochs=epochs, batch_size=batch_size, lr=lr, b_ratio=b_ratio, head_lr=head_lr, wd=wd, schedule=schedule,
+                 pct_start=pct_start, cutmix=cutmix, smoothing=smoothing, clip=clip, head_std=head_std, head=head, keep=keep,
+                 patience=patience, precision=precision)
     return check_recipe(given | {k:v for k,v in bases[base].items() if given[k] is None})
 
-# %% ../../nbs/50_recipe.ipynb #76628b29
+# %% ../../nbs/50_recipe.ipynb #3be3424c
 def check_recipe(
     rcp:dict # From `recipe`, perhaps changed since
 )->dict: # `rcp`
     "Raise where a value of `rcp` is out of range"
-    for k,low in dict(epochs=1, batch_size=2, lr=0, head_lr=0, wd=0, cutmix=0, clip=0, head_std=0, patience=0).items():
+    for k,low in dict(epochs=1, batch_size=2, lr=0, b_ratio=0, head_lr=0, wd=0, cutmix=0, clip=0, head_std=0, patience=0).items():
         if rcp[k] is None and k in ('epochs','lr','head_lr','cutmix'): continue
         if not rcp[k]>=low: raise ValueError(f'{k} must be at least {low}, got {rcp[k]}')
     for k in ('smoothing','pct_start'):
