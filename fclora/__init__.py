@@ -68,10 +68,14 @@ Modules:
 - `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
+- `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
+- `fclora.systems.cka`: Adapt the blocks that change the representation of an image most
 - `fclora.systems.dora`: Train the length of every row of a weight apart from its direction
 - `fclora.systems.eva`: Give a rank to every direction of the inputs that explains much of their variance
 - `fclora.systems.gora`: Ranks by what weights and gradients say, and a start one step down the gradient
+- `fclora.systems.stella`: An update in the form of a singular value decomposition, with both subspaces on the Stiefel manifold
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it
+- `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image

@@ -50,12 +50,13 @@ def site_scalings(
     mean = sum(ranks.values())/max(len(ranks), 1)
     return {n:lora_scaling(r, lora_alpha, scaling, mean) for n,r in ranks.items() if r}
 
-# %% ../nbs/01_lora.ipynb #3032d45c
+# %% ../nbs/01_lora.ipynb #df503616
 class Adapter:
     "The update of a layer's weight: a class that `adapt_layer` puts in front of the layer's own"
     parts = {} # {name of a dictionary of parameters: axis that counts ranks, or None}; the first has such an axis
     frozen = () # Parts that are saved and do not train
     mergeable = True # Can the update be added to the weight once for all inputs?
+    schedule = '' # Name of the schedule that its training needs, of those on the page 52_schedules
 
     def new_parts(self,
         site:Site, # Of this layer

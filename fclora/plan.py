@@ -115,7 +115,7 @@ def forecast_line(
     memory = f"{f['kept']:.0%} of its activations ({f['kept_mib']:,.0f} MiB at batch size {f['batch_size']})"
     return f"a step: {f['step']:.0%} of the arithmetic of full fine-tuning, {memory}"
 
-# %% ../nbs/20_plan.ipynb #fee2fc16
+# %% ../nbs/20_plan.ipynb #d40ac6c6
 def _cell(r, top):
     "A rank with a shade beside it, five characters wide"
     if np.isnan(r): return ' '*5
@@ -129,7 +129,9 @@ def __str__(self:Plan):
     known = self.adapter in adapters
     params = f'{self.adapter_params:,} parameters' if known else f'of the unknown adapter {self.adapter}'
     head = f'{self.method}: {self.total_rank} ranks, {params} over {len(self.sites)} sites of {self.model}'
-    if (known or self.unit=='ranks') and self.spent!=self.budget: head += f' (budget: {self.budget:,} {self.unit})'
+    if (known or self.unit=='ranks') and self.spent!=self.budget:
+        pruned = f', which the schedule {self.schedule} prunes to' if self.schedule and self.spent>self.budget else ''
+        head += f' (budget: {self.budget:,} {self.unit}{pruned})'
     lines = [head, 'block'+''.join(f'{b:5d}' for b in cols)]
     top = max(np.nanmax(grid), 1)
     lines += [f'{kind:<5}'+''.join(_cell(r, top) for r in row) for kind,row in zip(rows, grid)]

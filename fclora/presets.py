@@ -26,6 +26,7 @@ class Preset:
     adapter:str='lora' # One of `adapters`
     init:str='kaiming' # One of `initialisers`
     schedule:str='' # One of `schedules`, or none
+    excess:float=1. # Ranks at the start as a multiple of the budget, where the schedule prunes them to it
     recipe:dict=field(default_factory=dict) # Defaults of the training recipe that it changes
     scaling:str='sqrt' # One of `scalings`
     source:str='' # Where it is described, such as arXiv 2402.09353

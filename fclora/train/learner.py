@@ -30,11 +30,10 @@ from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
 from torchvision.transforms.functional import to_pil_image
 
-# %% ../../nbs/53_learner.ipynb #575d6a61
+# %% ../../nbs/53_learner.ipynb #01849ca8
 from ..sites import *
 from ..precision import *
 from ..adapt import *
-from ..checks import *
 from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
@@ -152,7 +151,7 @@ def recipe_cbs(
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #9a0b992f
+# %% ../../nbs/53_learner.ipynb #5e6ae145
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -168,7 +167,7 @@ def fclora_learner(
     regime = check_inputs(model, plan)
     rcp = rcp or recipe()
     if checkpointing: recompute_blocks(model); recompute_blocks(model, False) # refuse before anything is changed
-    schedule = [registered(schedules, plan.schedule, 'schedule')()] if regime=='adapters' and plan.schedule else []
+    schedule = plan_schedules(plan) if regime=='adapters' else []
     rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
     set_seed(seed)
     make_trainable(model, plan, dls, seed)

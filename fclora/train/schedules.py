@@ -8,9 +8,9 @@ it resizes adapters of a Learner's model, lets the optimiser go on with the stat
 
 # %% auto #0
 __all__ = ['schedules', 'rank_tensors', 'take_ranks', 'optimiser_states', 'swap_parameters', 'move_state', 'resized_plan',
-           'resize_adapters', 'forget_best', 'Schedule']
+           'resize_adapters', 'forget_best', 'Schedule', 'plan_schedules']
 
-# %% ../../nbs/52_schedules.ipynb #41b60408
+# %% ../../nbs/52_schedules.ipynb #4ec8adf9
 import math
 from dataclasses import replace
 import numpy as np, torch
@@ -23,6 +23,7 @@ from fastcore.foundation import L
 from ..sites import *
 from ..lora import *
 from ..adapt import *
+from ..checks import *
 from ..plan import *
 from .callbacks import *
 
@@ -129,3 +130,12 @@ class Schedule(Callback):
         resize_adapters(self.learn, keep)
 
 schedules = {} # {name: `Schedule` class}, for Plans
+
+# %% ../../nbs/52_schedules.ipynb #ab9dbcc6
+def plan_schedules(
+    plan:Plan # Names a schedule, or an adapter whose training needs one, or both
+)->list: # Callbacks
+    "What happens while `plan` is trained; its own schedule takes the place of its adapter's where they are of one class"
+    names = [adapter_class(plan.adapter).schedule, plan.schedule]
+    made = [registered(schedules, n, 'schedule')() for n in names if n]
+    return list({type(cb):cb for cb in made}.values())
