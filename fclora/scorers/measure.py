@@ -11,9 +11,10 @@ Any `nn.Module` and any iterable of batches will do, of images or of padded text
 __all__ = ['tokens_first', 'scorers', 'default_scorers', 'Seen', 'Scorer', 'check_finite', 'look', 'measure', 'preserved',
            'run_batch', 'batch_loss', 'watch', 'check_called']
 
-# %% ../../nbs/10_measure.ipynb #d4ca165b
+# %% ../../nbs/10_measure.ipynb #130d9a03
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack,nullcontext
 from dataclasses import replace
 from itertools import islice
 import torch
@@ -28,7 +29,7 @@ from .watch import *
 # %% ../../nbs/10_measure.ipynb #710c19b0
 _all_ = ['preserved', 'run_batch', 'batch_loss', 'watch', 'check_called']
 
-# %% ../../nbs/10_measure.ipynb #3289ae7d
+# %% ../../nbs/10_measure.ipynb #9b2d8351
 class Seen:
     "What one batch shows of the sites"
     def __init__(self,
@@ -38,7 +39,7 @@ class Seen:
         products:dict, # From `watch`
         number:int=1 # Of the batch, counted from 1
     ):
-        self.sites,self.batch,self.products,self.number,self.grads = sites,batch,products,number,{}
+        self.model,self.sites,self.batch,self.products,self.number,self.grads = model,sites,batch,products,number,{}
         self.layers = {s.path:model.get_submodule(s.path) for s in sites}
         self.weights = {s.path:site_weight(model, s) for s in sites}
         mask = batch.get('attention_mask') if isinstance(batch, Mapping) else None
@@ -102,7 +103,7 @@ def outputs(self:Seen,
     layer,(products,rows) = self.layers[site.path],self.products_of(site)
     return torch.cat([_real(layer, _features_last(layer, p.y)[...,rows], self.mask) for p in products]).detach()
 
-# %% ../../nbs/10_measure.ipynb #04d5c6e7
+# %% ../../nbs/10_measure.ipynb #de55b08b
 @patch
 def backward(self:Seen,
     loss:torch.Tensor, # Mean loss of the batch
@@ -112,10 +113,9 @@ def backward(self:Seen,
     if not loss.requires_grad: raise ValueError('the loss does not depend on any site: is the model wrapped in torch.no_grad()?')
     if not loss.isfinite():
         raise ValueError(f'the loss is {loss.item()} in scoring batch {self.number}; check the weights and the images of that batch')
-    weights = self.weights if 'weight_grad' in needs else {}
+    weights = [p for p in self.model.parameters() if p.requires_grad] if 'weight_grad' in needs else []
     outputs = [p for ps in self.products.values() for p in ps] if 'output_grad' in needs else []
-    wanted = [*weights.values(), *(p.y for p in outputs)]
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss, [*weights, *(p.y for p in outputs)], allow_unused=True, materialize_grads=True)
     self.grads = dict(zip(weights, grads))
     for p,g in zip(outputs, grads[len(weights):]): p.grad = g
 
@@ -124,7 +124,7 @@ def weight_grad(self:Seen,
     site:Site # One of `self.sites`
 )->torch.Tensor: # (d_out, d_in)
     "Gradient of the batch's mean loss for the weight of `site`, in 32 bits"
-    return self.grads[site.path].flatten(1)[site.rows].float()
+    return self.grads[self.weights[site.path]].flatten(1)[site.rows].float()
 
 # %% ../../nbs/10_measure.ipynb #9d719bf4
 def _per_sample(layer, t, b):
@@ -148,7 +148,7 @@ def samples(self:Seen,
     gs = [_per_sample(layer, _features_last(layer, p.grad)[...,rows], b) for p in products]
     return torch.cat(xs, 1).float(),torch.cat(gs, 1).float()*b # of a mean loss, each sample's own is one b-th
 
-# %% ../../nbs/10_measure.ipynb #9834d6f0
+# %% ../../nbs/10_measure.ipynb #cd444fcb
 class Scorer:
     "One number a site from a pass over batches: the mean of `value`, unless a subclass keeps other sums"
     name = '' # Of the metric, and of the scorer in `scorers`
@@ -172,6 +172,11 @@ class Scorer:
     ):
         "Forget all sums; called once before the pass"
         self.sites,self.total,self.count = sites,0.,0
+    def watching(self,
+        model:nn.Module # That is measured
+    ):
+        "A context around the whole pass, for a scorer that looks at more than its sites"
+        return nullcontext()
     def update(self,
         seen:Seen # What one batch shows
     ):
@@ -200,7 +205,7 @@ def check_finite(
         if isinstance(v, float) and not math.isfinite(v):
             raise ValueError(f'{metric} of {site} is {v} {where}; check the weights and the images')
 
-# %% ../../nbs/10_measure.ipynb #53bcce72
+# %% ../../nbs/10_measure.ipynb #41d325b6
 def look(
     model:nn.Module, # In evaluation mode, the weights of `sites` with gradients if any are needed
     sites:list, # `Site`s of it
@@ -215,6 +220,7 @@ def look(
         else: run_batch(model, batch)
     check_products(products)
     seen = Seen(model, sites, batch, products, number)
+    seen.loss_func = loss_func
     if needs: seen.backward(loss, needs)
     return seen
 
@@ -245,7 +251,7 @@ def _results(scorers):
                              'initialise it, or train it first (`warmup_head`, --head-warmup)')
     return metrics
 
-# %% ../../nbs/10_measure.ipynb #3ca2111b
+# %% ../../nbs/10_measure.ipynb #1600d58b
 def measure(
     model:nn.Module, # Any model; left as it is
     batches, # Iterable of batches, best without augmentation
@@ -263,9 +269,10 @@ def measure(
     n,ask_at = 0,8
     total = min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
-    with preserved(model), torch.set_grad_enabled(bool(needs)):
+    with preserved(model), torch.set_grad_enabled(bool(needs)), ExitStack() as stack:
         model.requires_grad_(False)
         for s in sites: site_weight(model, s).requires_grad_(bool(needs))
+        for s in scorers: stack.enter_context(s.watching(model))
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
         for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
             seen = look(model, sites, batch, needs, loss_func, n)
