@@ -31,7 +31,7 @@ from .prepare import *
 from .use import *
 from .evaluate import *
 
-# %% ../../nbs/86_cut_run.ipynb #96d4eab5
+# %% ../../nbs/86_cut_run.ipynb #0555d905
 class FewSteps(Callback):
     "Train for so many steps, the rates falling to zero by a cosine"
     order,run_valid = 61,False # after the schedulers of fastai
@@ -55,21 +55,22 @@ def few_steps(
     if not steps: return
     r = learn.recipe
     lrs = [share*(r['head_lr'] if part=='head' else r['lr']) for part,_ in learn.groups]
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(FewSteps(steps)): learn.fit(math.ceil(steps/len(learn.dls.train)), lrs)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(FewSteps(steps)):
+        learn.fit(math.ceil(steps/len(learn.dls.train)), lrs)
 
-# %% ../../nbs/86_cut_run.ipynb #cdf62287
+# %% ../../nbs/86_cut_run.ipynb #33210120
 def cut_learner(
     run:Run, # With its model, perhaps cut
     dls # fastai `DataLoaders`
 )->FCLoRALearner:
     "A Learner that trains the model of `run` on, from where it is"
-    plan = resized_plan(run.plan, run.model)
-    learn = fclora_learner(dls, unload(deepcopy(run.model)), replace(plan, init='kaiming', schedule=''), run.config['recipe'], run.config['seed'])
+    plan,cfg = resized_plan(run.plan, run.model),run.config
+    learn = fclora_learner(dls, unload(deepcopy(run.model)), replace(plan, init='kaiming', schedule=''), cfg['recipe'], cfg['seed'])
     learn.model.load_state_dict(adapter_state(run.model), strict=False)
     learn.plan = plan
     return learn
 
-# %% ../../nbs/86_cut_run.ipynb #602b53a5
+# %% ../../nbs/86_cut_run.ipynb #9c693d0b
 def stage(
     model, # Adapted
     dls # fastai `DataLoaders`
@@ -84,7 +85,8 @@ def stage_rows(
     stages:dict # {when: from `stage`}
 )->list: # For `aligned`
     "What `cut_run` prints"
-    def row(when, s): return [when, f"{s['ranks']:,}", f"{s['params']:,}", *(f'{s["test"][k]:.{d}f}' for k,d in (('accuracy',4), ('ece_raw',4), ('ece',4), ('T',3)))]
+    def row(when, s):
+        return [when, f"{s['ranks']:,}", f"{s['params']:,}", *(f'{s["test"][k]:.4f}' for k in ('accuracy','ece_raw','ece','T'))]
     return [['', 'ranks', 'parameters', 'accuracy', 'ECE raw', 'ECE', 'T'], *(row(*o) for o in stages.items())]
 
 # %% ../../nbs/86_cut_run.ipynb #3ccb1f7c
@@ -116,7 +118,7 @@ def cut_run(
     if recover: stages['recovered'] = stage(learn.model, dls)
     return save_cut(old, learn, stages, folder, dict(run=str(run), recover=recover))
 
-# %% ../../nbs/86_cut_run.ipynb #44e6845a
+# %% ../../nbs/86_cut_run.ipynb #64f112ce
 def save_cut(
     old:Run, # Before the cut
     learn:FCLoRALearner, # After it
@@ -126,7 +128,8 @@ def save_cut(
 )->Run: # Saved in `folder`
     "Write the run that was cut, and print its stages"
     cfg,last = old.config,list(stages.values())[-1]
-    metrics = dict(old.metrics, total_rank=last['ranks'], params=count_params(learn.model), valid=last['valid'], test=last['test'], cut=about|stages)
+    metrics = dict(old.metrics, total_rank=last['ranks'], params=count_params(learn.model), valid=last['valid'], test=last['test'],
+                   cut=about|stages)
     config = run_config(learn, cfg['model'], cfg['data'], cfg['seed'], last['test']['T'])
     run = Run(config, metrics, old.history, learn.plan, learn.model)
     clear_run(folder)

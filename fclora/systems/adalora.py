@@ -38,14 +38,14 @@ class SVDLoRA(LoRA):
 
 adapters['svd'] = SVDLoRA
 
-# %% ../../nbs/66_adalora.ipynb #27aadd8f
+# %% ../../nbs/66_adalora.ipynb #5366d166
 def svd_parts(
     model:nn.Module # Adapted
 )->dict: # {(site name, part): parameter}, empty where nothing is adapted
     "What the adapters of `model` train; an error where they have no values to prune"
     parts = {k:p for k,(p,_) in rank_tensors(model).items()}
     for n in current_ranks(model):
-        if (n,'lora_E') not in parts: raise ValueError(f'adalora prunes the values lora_E, and the adapter of {n} has none: take the adapter svd')
+        if (n,'lora_E') not in parts: raise ValueError(f'adalora prunes lora_E, and the adapter of {n} has none: take the adapter svd')
     return parts
 
 def orthogonality(
@@ -91,7 +91,7 @@ def cubic_budget(
     if step<=warm: return first
     return final if step>=last else int((first-final)*(1-(step-warm)/(last-warm))**3+final)
 
-# %% ../../nbs/66_adalora.ipynb #8f5f8514
+# %% ../../nbs/66_adalora.ipynb #21ff4056
 class AdaLoRA(Schedule):
     "Prune the triplets of least importance until the Plan's budget holds, and keep the vectors nearly orthonormal"
     order = 5 # before gradients are accumulated or scaled, which has to happen to the orthogonality term too
@@ -138,5 +138,5 @@ class AdaLoRA(Schedule):
             E[[i for i in range(len(E)) if i not in stay]] = 0
 
 schedules['adalora'] = AdaLoRA
-presets['adalora'] = Preset('values of a singular value decomposition, pruned by sensitivity while they train', adapter='svd', schedule='adalora',
-                            excess=1.5, source='arXiv 2303.10512')
+presets['adalora'] = Preset('values of a singular value decomposition, pruned by sensitivity while they train', adapter='svd',
+                            schedule='adalora', excess=1.5, source='arXiv 2303.10512')

@@ -30,7 +30,7 @@ def singular_parts(
     U,S,Vh = torch.linalg.svd(Rb@Ra.T)
     return Qb@U,S,Vh@Qa.T
 
-# %% ../../nbs/55_cut.ipynb #4a02ed55
+# %% ../../nbs/55_cut.ipynb #12041c91
 def cut_sites(
     model:nn.Module # Adapted
 )->dict: # {site name: (layer, kind)}
@@ -39,7 +39,7 @@ def cut_sites(
     for path,m in adapted_layers(model).items():
         others = [axis for part,axis in m.parts.items() if part not in ('lora_A','lora_B')]
         if not isinstance(m, LoRA) or type(m).site_factors is not LoRA.site_factors or any(o is not None for o in others):
-            raise ValueError(f'{path} has the adapter {m.adapter.__name__}, whose ranks are more than a product of two matrices: only LoRA can be cut')
+            raise ValueError(f'{path} has the adapter {m.adapter.__name__}, which is no product of two matrices: only LoRA can be cut')
         if m.merged: raise ValueError('the adapters are merged: call unmerge_adapters(model) before cutting')
         found |= {s.name:(m, kind) for kind,s in m.sites.items()}
     if not found: raise ValueError(f'{type(model).__name__} has no adapters to cut')
