@@ -69,7 +69,7 @@ class GateFisher(Scorer):
 
 scorers['gate_fisher'] = GateFisher
 
-# %% ../../nbs/67_floe.ipynb #f74e70fa
+# %% ../../nbs/67_floe.ipynb #aed6d9fe
 def suggest(
     tried:dict, # {option: loss}
     options:list, # In an order in which neighbours are alike
@@ -102,7 +102,7 @@ def search(
         tried = {o:math.inf if v is None else v for o,v in kept['trials']}
     while len(tried)<min(trials, len(options)):
         o = suggest(tried, options, seed)
-        tried[o] = evaluate(o)
+        tried[o] = loss if math.isfinite(loss := evaluate(o)) else math.inf
         if path: write_json(path, about|dict(trials=list(tried.items())))
     return tried
 
