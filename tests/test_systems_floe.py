@@ -82,6 +82,7 @@ def test_only_batches_after_the_warm_up_count():
     s = GateFisher(warm=2)
     s.sites,s.gates = find_sites(vit(patch_size=8))[:1],[{'blocks.0':g} for g in (100., 50., 1., 3.)]
     assert s.result()=={'blocks.0.attn.qkv.q':5}
+    with pytest.raises(ValueError, match='two passes do not add up'): s.add(s)
     s.gates = s.gates[:2]
     assert s.result()=={'blocks.0.attn.qkv.q':2500}
 
@@ -154,12 +155,15 @@ def test_the_same_ranks_have_the_same_loss(data):
     finally: del allocators['twice']
     assert losses[0]==losses[1]
 
-def test_ranks_of_the_best_blocks():
+def test_ranks_of_the_best_blocks(tmp_path):
     scores = {f'blocks.{i}.attn.qkv.{k}':float(i) for i in range(4) for k in 'qkv'}
     ranks = floe(scores, 24, 1, 16, evaluate=lambda ranks: abs(sum(r>0 for r in ranks.values())-6), trials=9)
     assert {n for n,r in ranks.items() if r}=={n for n in scores if n[7] in '23'} and sum(ranks.values())==24
     assert list(block_choices(scores, 24, 1, 4))==[2,3,4]
     with pytest.raises(ValueError, match='does not fit'): block_choices(scores, 999, 1, 4)
+    file = tmp_path/'trials.json'
+    for _ in range(2): assert floe(scores, 24, 1, 16, evaluate=lambda ranks: max(ranks.values()), path=file)==block_choices(scores, 24)[4]
+    with pytest.raises(ValueError, match='of another search'): floe(scores, 23, 1, 16, evaluate=len, path=file)
 
 # --- experts
 

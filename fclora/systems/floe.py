@@ -36,7 +36,7 @@ def gate_gradients(
             grads[block] = grads.get(block, 0.)+(B*B.grad).sum().item()
     return grads
 
-# %% ../../nbs/67_floe.ipynb #243f9b45
+# %% ../../nbs/67_floe.ipynb #99b693b8
 class GateFisher(Scorer):
     "Squared gradient for a gate before the adapters of a block, after a warm-up of adapters everywhere"
     name = 'gate_fisher'
@@ -61,15 +61,15 @@ class GateFisher(Scorer):
             self.net = freeze(adapt(deepcopy(model), {s.name:min(self.r, s.d_in, s.d_out) for s in self.sites}))
         self.opt = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], self.lr)
 
-    def _warmed(self): return self.gates[min(self.warm, len(self.gates)//2):]
     def result(self):
-        squares = {block:sum(g[block]**2 for g in self._warmed())/len(self._warmed()) for block in self.gates[0]}
+        warmed = self.gates[min(self.warm, len(self.gates)//2):]
+        squares = {block:sum(g[block]**2 for g in warmed)/len(warmed) for block in warmed[0]}
         return to_sites(squares, [s.name for s in self.sites])
-    def add(self, other): self.gates,self.warm = self._warmed()+other._warmed(),0
+    def add(self, other): raise ValueError('gate_fisher trains as it goes: two passes do not add up to one; measure all batches at once')
 
 scorers['gate_fisher'] = GateFisher
 
-# %% ../../nbs/67_floe.ipynb #aed6d9fe
+# %% ../../nbs/67_floe.ipynb #bdc876f2
 def suggest(
     tried:dict, # {option: loss}
     options:list, # In an order in which neighbours are alike
@@ -80,8 +80,7 @@ def suggest(
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     where = dict(option=optuna.distributions.IntDistribution(0, len(options)-1))
-    sampler = optuna.samplers.GPSampler(seed=seed+len(tried), n_startup_trials=3)
-    study = optuna.create_study(sampler=sampler)
+    study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed+len(tried), n_startup_trials=3))
     for o,v in tried.items():
         if math.isfinite(v): study.add_trial(optuna.trial.create_trial(params=dict(option=options.index(o)), distributions=where, value=v))
     at = study.ask(where).params['option']
@@ -92,10 +91,11 @@ def search(
     options:list, # To try
     trials:int=8, # At most so many are tried
     seed:int=0, # The same seed makes the same trials
-    path=None # JSON file that keeps the trials, from which a search goes on
+    path=None, # JSON file that keeps the trials, from which a search goes on
+    **about # What a file must agree with beside options and seed, so that its trials count
 )->dict: # {option: loss}, in the order of the trials
     "Losses of the options that a Bayesian search tries, each of them once"
-    about,tried = dict(options=options, seed=seed),{}
+    about,tried = dict(about, options=options, seed=seed),{}
     if path and Path(path).is_file():
         kept = read_json(path, 'search')
         if {k:kept.get(k) for k in about}!=about: raise ValueError(f'{path} is of another search; name another file')
@@ -106,7 +106,7 @@ def search(
         if path: write_json(path, about|dict(trials=list(tried.items())))
     return tried
 
-# %% ../../nbs/67_floe.ipynb #59d9a72c
+# %% ../../nbs/67_floe.ipynb #0c1b5075
 def block_choices(
     scores:dict, # {site: score}
     *spend # budget, lo, hi and costs, as for `blocks`
@@ -133,7 +133,7 @@ def floe(
 )->dict: # {site: rank}, 0 in the other blocks
     "The budget in as many of the best blocks as a search by short trials finds best"
     choices = block_choices(scores, budget, lo, hi, costs)
-    tried = search(lambda k: evaluate(choices[k]), list(choices), trials, seed, path)
+    tried = search(lambda k: evaluate(choices[k]), list(choices), trials, seed, path, scores=scores, budget=budget)
     return choices[min(tried, key=tried.get)]
 
 allocators['floe'] = floe
