@@ -19,18 +19,18 @@ from ..adapt import *
 from ..presets import *
 from ..train.schedules import *
 
-# %% ../../nbs/55_cut.ipynb #0374c192
+# %% ../../nbs/55_cut.ipynb #cc7687ff
 def singular_parts(
     A:torch.Tensor, # (r, d_in)
     B:torch.Tensor # (d_out, r)
 )->tuple: # U (d_out, r), S (r,) descending, Vh (r, d_in)
-    "Singular value decomposition of `B A`, from the thin factors alone"
-    Qa,Ra = torch.linalg.qr(A.double().T)
-    Qb,Rb = torch.linalg.qr(B.double())
+    "Singular value decomposition of `B A`, from the thin factors alone, in 64 bits on the CPU"
+    Qa,Ra = torch.linalg.qr(A.cpu().double().T)
+    Qb,Rb = torch.linalg.qr(B.cpu().double())
     U,S,Vh = torch.linalg.svd(Rb@Ra.T)
     return Qb@U,S,Vh@Qa.T
 
-# %% ../../nbs/55_cut.ipynb #12041c91
+# %% ../../nbs/55_cut.ipynb #b6c6e76c
 def cut_sites(
     model:nn.Module # Adapted
 )->dict: # {site name: (layer, kind)}
@@ -50,7 +50,7 @@ def update_values(
     model:nn.Module # Adapted
 )->dict: # {site name: (r,) singular values, descending}
     "Singular values of every update of `model`"
-    return {n:singular_parts(*m.site_factors(kind))[1].cpu() for n,(m,kind) in cut_sites(model).items()}
+    return {n:singular_parts(*m.site_factors(kind))[1] for n,(m,kind) in cut_sites(model).items()}
 
 # %% ../../nbs/55_cut.ipynb #7842e599
 def best_ranks(
