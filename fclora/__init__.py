@@ -37,7 +37,12 @@ Modules:
 - `fclora.plan`: Which site gets which rank, why, and everything that is needed to build the adapted model again
 - `fclora.plan_file`: What a Plan's JSON may hold, field by field, and how the first format is read
 - `fclora.planning`: Find the sites, measure them on a few batches, allocate the ranks, forecast the cost
+- `fclora.precision`: Products in 16 bits where the processor multiplies them, everything else in 32
 - `fclora.presets`: Named combinations of scores, allocator, adapter, initialisation and schedule
+- `fclora.probes.depth`: How well the features after each block tell the classes apart, before anything is trained
+- `fclora.probes.features`: What the frozen backbone hands to its head, for every image, computed once
+- `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
+- `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
@@ -70,9 +75,11 @@ Modules:
 - `fclora.systems.cut`: Train with generous ranks, then keep the largest singular values of all updates within the budget
 - `fclora.systems.experts`: An update of several experts, which a router mixes anew for every token
 - `fclora.systems.floe`: The blocks whose adapters the loss depends on, and their number by Bayesian search
+- `fclora.systems.stella`: An update in the form of a singular value decomposition, with both subspaces on the Stiefel manifold
+- `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
-- `fclora.train.logits`: What a model says of every image, and what its frozen features could say
+- `fclora.train.logits`: What a model says of every image
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
 - `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
 

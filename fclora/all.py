@@ -20,10 +20,14 @@ from .data.pixels import load_batch
 from .data.sources import load_images
 from .data.loaders import get_dls, score_dl
 from .backbones import create_backbone, image_config, single_head
+from .probes.features import head_features
+from .probes.linear import Probe, fit_probe, soft_probe, start_head
+from .probes.depth import depth_profile, plot_depth
+from .probes.start import first_look, look_text, soft_start
 from .train.recipe import recipe
 from .train.schedules import Schedule, schedules
 from .train.learner import FCLoRALearner, fclora_learner
-from .train.logits import get_logits, linear_probe
+from .train.logits import get_logits
 from .forecast import forecast, step_cost
 from .planning import plan_model
 from .calibration.temperature import Calibrated, brier, class_accuracy, fit_temperature, nll

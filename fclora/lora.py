@@ -35,11 +35,12 @@ def lora_scaling(
     if scaling not in scalings: raise ValueError(f"unknown scaling {scaling!r}; there are {', '.join(scalings)}")
     return scalings[scaling](r, lora_alpha)
 
-# %% ../nbs/01_lora.ipynb #34b93850
+# %% ../nbs/01_lora.ipynb #6c2192f0
 class Adapter:
     "The update of a layer's weight: a class that `adapt_layer` puts in front of the layer's own"
     parts = {} # {name of a dictionary of parameters: axis that counts ranks, or None}; the first has such an axis
     mergeable = True # Can the update be added to the weight once for all inputs?
+    schedule = '' # Name of the schedule that its training needs, of those on the page 52_schedules
 
     def new_parts(self,
         site:Site, # Of this layer

@@ -62,11 +62,13 @@ def measure_until(
     metrics:list, # Names of scorers
     n_batches:int, # At most so many
     settle:float, # Largest share of the ranks that may still move; 0 never stops early
-    progress:bool=False # Show a progress bar?
+    progress:bool=False, # Show a progress bar?
+    precision:str='auto' # Of the products
 )->tuple: # {metric: {site name: value}}, and the number of batches used
     "Measure until the allocation stands still"
     early = Settled(allocate, settle)
-    measured = measure(model, dl, sites, metrics, n_batches=n_batches, progress=progress, settled=early if settle else None)
+    measured = measure(model, dl, sites, metrics, n_batches=n_batches, progress=progress, precision=precision,
+                       settled=early if settle else None)
     return measured,early.batches or min(n_batches, len(dl))
 
 # %% ../nbs/57_planning.ipynb #2d4f400e
@@ -130,6 +132,7 @@ def plan_model(
     settle:float=.02, # Stop scoring when twice the batches move at most this share of the ranks; 0: never, as in the papers
     score_bs:int=None, # Their size, the training batch size by default
     head_warmup:int=0, # Steps of head-only training before scoring
+    precision:str='auto', # Of the products while scoring: bf16, fp32, or auto: bf16 where that is faster; sums have 32 bits or more
     name:str=None, # Name of the model, for the Plan
     seed:int=0, # Of the scoring batches and of random ranks
     progress:bool=False # Show a progress bar?
@@ -154,6 +157,6 @@ def plan_model(
         return trial_loss(model, trial, score_dl(dls, bs=score_bs, seed=seed), dls.valid, seed=seed)
     if p.weights and reads_scores(allocators[p.allocator]):
         tol = 0 if searches(p.allocator) else settle
-        metrics,batches = measure_until(plan_of, model, dl, sites, list(p.weights), score_batches, tol, progress)
+        metrics,batches = measure_until(plan_of, model, dl, sites, list(p.weights), score_batches, tol, progress, precision)
         settings.update(score_batches=batches, score_bs=score_bs or dls.bs, head_warmup=head_warmup, settle=settle)
     return add_forecast(plan_of(metrics, evaluate=evaluate), model, dls)

@@ -1,6 +1,7 @@
 "Whole blocks are chosen by their mean score, and the budget is spent evenly in them"
 from functools import partial
 import pytest, timm, torch
+import torch.nn.functional as F
 from hypothesis import given,settings,strategies as st
 from fclora.allocators.controls import uniform
 from fclora.allocators.waterfill import allocators
@@ -61,3 +62,61 @@ def test_other_shares_by_name(monkeypatch):
     (lambda: blocks({'b.0.q':float('nan')}, 3), 'finite'), (lambda: top_blocks({'b.0':1.}, 1.5), 'share must be')])
 def test_errors(call, piece):
     with pytest.raises(ValueError, match=piece): call()
+
+# --- Fisher information of whole blocks
+
+def batches(n=3, b=4): return [(torch.randn(b, 3, 32, 32), torch.randint(0, 4, (b,))) for _ in range(n)]
+
+def fisher_by_hand(model, path, batches):
+    "Mean over batches of the squared gradient of all parameters of one block"
+    ps = list(model.get_submodule(path).parameters())
+    grads = [torch.autograd.grad(F.cross_entropy(model.eval()(x), y), ps) for x,y in batches]
+    return sum(g.square().sum() for gs in grads for g in gs).item()/len(batches)
+
+models = dict(vit=('test_vit', dict(img_size=32, patch_size=8)), deit=('deit_tiny_distilled_patch16_224', dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)),
+              swin=('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=4, embed_dim=24, depths=(2,2), num_heads=(2,4))))
+
+@pytest.mark.parametrize('kind', models)
+def test_block_fisher_over_all_parameters_in_both_forms(kind):
+    torch.manual_seed(0)
+    name,kw = models[kind]
+    model,data = timm.create_model(name, num_classes=4, **kw),batches()
+    flags = [p.requires_grad_(i%3>0).requires_grad for i,p in enumerate(model.parameters())]
+    got = measure(model, data, None, ['block_fisher','sample_block_fisher','fisher'])
+    assert [p.requires_grad for p in model.parameters()]==flags and all(p.grad is None for p in model.parameters())
+    model.requires_grad_(True)
+    singles = [one for b in data for one in one_by_one(b, 4)]
+    for form,some in (('block_fisher',data), ('sample_block_fisher',singles)):
+        values = block_means(got[form])
+        for path in values: assert values[path]==pytest.approx(fisher_by_hand(model, path, some), rel=1e-3)
+    assert got['fisher']==pytest.approx(measure(model, data, None, ['fisher'])['fisher'])      # beside it nothing changes
+
+def test_the_sample_form_is_the_same_at_every_batch_size():
+    torch.manual_seed(0)
+    model,data = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4),batches(1, 6)
+    halves = [(data[0][0][s], data[0][1][s]) for s in (slice(4), slice(4, 6))]
+    one,two = SampleBlockFisher(),SampleBlockFisher()
+    whole = measure(model, data, None, ['sample_block_fisher'])['sample_block_fisher']
+    measure(model, halves[:1], None, [one]); measure(model, halves[1:], None, [two])
+    one.add(two)
+    assert one.result()==pytest.approx(whole, rel=1e-4)
+
+def test_block_fisher_of_a_llama_and_of_a_site_outside_of_blocks():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    torch.manual_seed(0)
+    cfg = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3, pad_token_id=0)
+    model = LlamaForSequenceClassification(cfg)
+    batch = dict(input_ids=torch.randint(1, 50, (3, 7)), attention_mask=torch.ones(3, 7).long(), labels=torch.tensor([0,1,2]))
+    got = measure(model, [batch], None, ['block_fisher','sample_block_fisher'])
+    ps = list(model.model.layers[1].parameters())
+    want = sum(g.square().sum() for g in torch.autograd.grad(model.eval()(**batch).loss, ps)).item()
+    assert block_means(got['block_fisher'])['model.layers.1']==pytest.approx(want, rel=1e-3)
+    siglip = timm.create_model('vit_base_patch16_siglip_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=4)
+    params = block_params(siglip, find_sites(siglip))
+    own = {id(p) for n in ('q','kv') for p in getattr(siglip.attn_pool, n).parameters()}
+    assert {id(p) for p in params['']}==own and len(params)==3
+
+def test_a_zero_head_is_an_error():
+    model = timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=4)
+    torch.nn.init.zeros_(model.head.weight)
+    with pytest.raises(ValueError, match='every gradient is zero'): measure(model, batches(), None, ['block_fisher'])

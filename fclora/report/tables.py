@@ -25,6 +25,14 @@ from ..runs.run import *
 def _number(x, fmt=','): return '–' if x is None else format(x, fmt)
 def _seconds(x): return _number(x, ',.1f' if x is not None and x<100 else ',.0f')
 def _percent(x): return f'{x:.2g} %' if x<9.95 else f'{x:.0f} %'
+def _epochs(m):
+    kept = m.get('epoch_kept')
+    return _number(m['epochs']) + ('' if kept is None else ', the probe kept' if kept==0 else f', {kept} kept')
+def _probe_rows(m):
+    "What a linear probe can do, and what training added to it"
+    if m.get('probe_accuracy') is None: return {}
+    return {'test accuracy of a linear probe':_percent2(m['probe_accuracy']),
+            'added by training, points':f"{100*(m['test']['accuracy']-m['probe_accuracy']):+.2f}"}
 def _percent2(x): return f'{100*x:.2f} %'
 
 # %% ../../nbs/73_tables.ipynb #94a4e6f3
@@ -33,7 +41,7 @@ def _size_rows(run):
     c,m,p = run.config,run.metrics,run.metrics['params']
     return {'model':c['model']['name'], 'method':c['method'], 'data':c['data']['name'],
         'images, train / validation / test':' / '.join(_number(c['data'].get(k)) for k in ('train','valid','test')),
-        'seed':str(c['seed']), 'epochs':_number(m['epochs']), 'total rank':_number(m['total_rank']),
+        'seed':str(c['seed']), 'epochs':_epochs(m), 'total rank':_number(m['total_rank']),
         'adapter parameters (as the papers count)':f"{p['adapter']:,} ({_percent(p['paper_pct'])})",
         'trained parameters (with head)':f"{p['trainable']:,} ({_percent(100*p['trainable']/p['total'])})",
         'total parameters':f"{p['total']:,}"}
@@ -43,9 +51,7 @@ def _result_rows(metrics):
     "What came out: {row: text}"
     t,s = metrics['test'],metrics['seconds']
     def raw_and_scaled(k): return f"{t[f'{k}_raw']:.4f} / {t[k]:.4f}"
-    probe = metrics.get('probe_accuracy')
-    return {'test accuracy':_percent2(t['accuracy']),
-        **({} if probe is None else {'test accuracy of a linear probe':_percent2(probe)}),
+    return {'test accuracy':_percent2(t['accuracy']), **_probe_rows(metrics),
         'test loss (NLL), raw / scaled':raw_and_scaled('nll'), 'test ECE, raw / scaled':raw_and_scaled('ece'),
         'interval of the scaled ECE, 95 %':'{:.4f} to {:.4f}'.format(*t['ece_interval']),
         'noise floor of the ECE':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",

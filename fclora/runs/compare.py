@@ -82,7 +82,7 @@ def check_row(
     options:dict # Of the row and of the comparison
 ):
     "Raise on what a row cannot be run with, at the cost of a model without weights"
-    recipe_for(data, method, options)
+    recipe_for(method, options)
     if method in regimes: return
     asked = {k:p.default for k,p in signature(plan_model).parameters.items()} | options
     weights = parse_weights(asked['weights']) if asked['weights'] else None
@@ -142,7 +142,7 @@ def run_row(
     quiet = redirect_stdout(StringIO()) if options.get('quiet') else nullcontext()
     if keep and is_finished(folder): run = load_run(folder, model=False)
     else:
-        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, seed=seed, probe=False, **options)
+        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, seed=seed, **options)
     return replace(run, model=None, images=None, config=dict(run.config, row=row))
 
 # %% ../../nbs/77_compare.ipynb #8f782fa5

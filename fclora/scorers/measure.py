@@ -11,7 +11,7 @@ Any `nn.Module` and any iterable of batches will do, of images or of padded text
 __all__ = ['tokens_first', 'scorers', 'default_scorers', 'Seen', 'Scorer', 'check_finite', 'look', 'measure', 'preserved',
            'run_batch', 'batch_loss', 'watch', 'check_called']
 
-# %% ../../nbs/10_measure.ipynb #130d9a03
+# %% ../../nbs/10_measure.ipynb #0d6bf02f
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack,nullcontext
@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..sites import *
+from ..precision import *
 from ..find import *
 from .watch import *
 
 # %% ../../nbs/10_measure.ipynb #710c19b0
 _all_ = ['preserved', 'run_batch', 'batch_loss', 'watch', 'check_called']
 
-# %% ../../nbs/10_measure.ipynb #9b2d8351
+# %% ../../nbs/10_measure.ipynb #12a4638c
 class Seen:
     "What one batch shows of the sites"
     def __init__(self,
@@ -40,16 +41,14 @@ class Seen:
         number:int=1 # Of the batch, counted from 1
     ):
         self.model,self.sites,self.batch,self.products,self.number,self.grads = model,sites,batch,products,number,{}
-        self.layers = {s.path:model.get_submodule(s.path) for s in sites}
-        self.weights = {s.path:site_weight(model, s) for s in sites}
+        self.layers,self.weights = {s.path:model.get_submodule(s.path) for s in sites},{s.path:site_weight(model, s) for s in sites}
         mask = batch.get('attention_mask') if isinstance(batch, Mapping) else None
         self.mask = mask if mask is not None and mask.ndim==2 else None
 
     @property
     def n_samples(self):
         "Number of samples of the batch"
-        if not isinstance(self.batch, Mapping): return len(self.batch[0])
-        return len(self.batch.get('labels', next(iter(self.batch.values()))))
+        return len(self.batch.get('labels', next(iter(self.batch.values()))) if isinstance(self.batch, Mapping) else self.batch[0])
 
     def source(self,
         site:Site # One of `self.sites`
@@ -148,11 +147,12 @@ def samples(self:Seen,
     gs = [_per_sample(layer, _features_last(layer, p.grad)[...,rows], b) for p in products]
     return torch.cat(xs, 1).float(),torch.cat(gs, 1).float()*b # of a mean loss, each sample's own is one b-th
 
-# %% ../../nbs/10_measure.ipynb #cd444fcb
+# %% ../../nbs/10_measure.ipynb #116cf8a1
 class Scorer:
     "One number a site from a pass over batches: the mean of `value`, unless a subclass keeps other sums"
     name = '' # Of the metric, and of the scorer in `scorers`
     needs = () # Of weight_grad and output_grad; with neither, the pass is forward only
+    runs_again = False # Does it run the model once more for every batch?
 
     def value(self,
         seen:Seen, # What one batch shows
@@ -251,7 +251,7 @@ def _results(scorers):
                              'initialise it, or train it first (`warmup_head`, --head-warmup)')
     return metrics
 
-# %% ../../nbs/10_measure.ipynb #1600d58b
+# %% ../../nbs/10_measure.ipynb #4d18faaf
 def measure(
     model:nn.Module, # Any model; left as it is
     batches, # Iterable of batches, best without augmentation
@@ -260,23 +260,23 @@ def measure(
     loss_func=F.cross_entropy, # Mean loss of a batch, called as `loss_func(model(x), y)`
     n_batches:int=100, # At most this many batches are used
     progress:bool=False, # Show a progress bar?
+    precision:str='fp32', # Of the products: auto, fp32 or bf16; sums are in 32 bits or more
     settled=None # Asked with the metrics so far and the number of batches, after 8, 16, 32, ...; the pass ends when it says yes
 )->dict: # {metric: {site name: value}}
     "Feed every scorer with the same few batches"
     sites = sites or find_sites(model)
     scorers = [_made(s) for s in scorers or default_scorers]
     needs = {o for s in scorers for o in s.needs}
-    n,ask_at = 0,8
-    total = min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
+    n,ask_at,total = 0,8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
-    with preserved(model), torch.set_grad_enabled(bool(needs)), ExitStack() as stack:
+    with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision), ExitStack() as stack:
         model.requires_grad_(False)
         for s in sites: site_weight(model, s).requires_grad_(bool(needs))
         for s in scorers: stack.enter_context(s.watching(model))
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
         for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
             seen = look(model, sites, batch, needs, loss_func, n)
-            for s in scorers: s.update(seen)
+            for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
             if settled and n==ask_at:
                 if settled(_results(scorers), n): break
                 ask_at *= 2

@@ -55,7 +55,8 @@ def run_row(
     for name in ('ece_interval','ece_interval_raw'):
         lo,hi = test.get(name, (None,None))
         row.update(shorten({f'{name}_lo':lo, f'{name}_hi':hi}))
-    row.update(shorten(dict(valid_accuracy=m['valid']['accuracy'], probe_accuracy=m.get('probe_accuracy'))))
+    before = ('probe_accuracy','probe_valid_accuracy','start_accuracy','epoch_kept')
+    row.update(shorten(dict(valid_accuracy=m['valid']['accuracy'], **{k:m.get(k) for k in before})))
     row.update(shorten({f'{k}_seconds':seconds.get(k) for k in ('score','train','total')}, digits=4))
     row.update(shorten(dict(peak_memory_mb=m.get('peak_memory_mb')), digits=4))
     row['versions'] = ' '.join(f'{k}={v}' for k,v in c.get('versions', {}).items())

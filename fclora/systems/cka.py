@@ -70,15 +70,15 @@ def image_row(
     if mask is None or mask.shape!=h.shape[:2]: mask = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])>=first
     return image_rows[token](h, first, mask.to(h))
 
-# %% ../../nbs/38_cka.ipynb #47638b55
+# %% ../../nbs/38_cka.ipynb #459e547e
 class CKA(Scorer):
     "1 - linear CKA of a block's input and its output, for every site of the block (arXiv 2602.05988)"
-    name = 'cka'
     def __init__(self,
         token:str=None, # Of `image_rows`; by default the class token where there is one, else the mean
         unbiased:bool=False # Of the two estimators of `hsic`
     ):
         self.token,self.unbiased = token,unbiased
+        self.name = '_'.join(['cka', *[token]*bool(token), *['unbiased']*unbiased])
 
     def start(self, model, sites):
         has_class = any(re.search(r'(cls|class)_(token|embedding)$', n) for n,_ in model.named_parameters())

@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
@@ -30,10 +30,10 @@ from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
 from torchvision.transforms.functional import to_pil_image
 
-# %% ../../nbs/53_learner.ipynb #575d6a61
+# %% ../../nbs/53_learner.ipynb #01849ca8
 from ..sites import *
+from ..precision import *
 from ..adapt import *
-from ..checks import *
 from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
@@ -85,7 +85,9 @@ class FCLoRALearner(Learner):
         "Add a callback that can work here; mixed precision takes the place of mixed precision"
         cb = cb() if isinstance(cb, type) else cb
         check_cb(self, cb)
-        if isinstance(cb, MixedPrecision): self.remove_cb(MixedPrecision)
+        if isinstance(cb, MixedPrecision):
+            self.remove_cb(MixedPrecision)
+            if cb.amp_mode==AMPMode.BF16: cb = AutoMixedPrecision()
         return super().add_cb(cb)
 
     def gather_args(self):
@@ -140,16 +142,16 @@ def adamw(
 
 def recipe_cbs(
     rcp:dict, # From `recipe`
-    device:torch.device # That training runs on
+    model:nn.Module # On the device that it trains on
 )->list:
-    "The callbacks that `rcp` asks for; on a GPU also bfloat16"
+    "The callbacks that `rcp` asks for"
     cbs = [StopOnNaN()]
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
     if rcp['cutmix']: cbs.append(CutMix(rcp['cutmix']))
-    if device.type=='cuda': cbs.append(MixedPrecision('bf16'))
+    if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #b1f1c101
+# %% ../../nbs/53_learner.ipynb #9a7a3c73
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -163,18 +165,19 @@ def fclora_learner(
 )->FCLoRALearner: # With `plan` (None for a regime), `regime` and `recipe`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains `model` as `plan` and `rcp` say"
     regime = check_inputs(model, plan)
-    rcp = learning_rates(model, regime, rcp or recipe())
+    rcp = rcp or recipe()
     if checkpointing: recompute_blocks(model); recompute_blocks(model, False) # refuse before anything is changed
-    schedule = [registered(schedules, plan.schedule, 'schedule')()] if regime=='adapters' and plan.schedule else []
+    schedule = plan_schedules(plan) if regime=='adapters' else []
+    rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
     set_seed(seed)
-    make_trainable(model.to(dls.device), plan, dls, seed)
+    make_trainable(model, plan, dls, seed)
     if checkpointing: recompute_blocks(model)
     if compile: model.compile()
     groups = list(param_groups(model, regime))
     learn = FCLoRALearner(
         dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), adamw(dls.device), lr=rcp['lr'],
         splitter=partial(splitter, regime=regime, groups=groups), wd=[rcp['wd']*decayed for _,decayed in groups],
-        cbs=[*recipe_cbs(rcp, dls.device), *schedule, *L(cbs)], metrics=metrics)
+        cbs=[*recipe_cbs(rcp, model), *schedule, *L(cbs)], metrics=metrics)
     learn.plan,learn.regime = plan if regime=='adapters' else None,regime
     learn.recipe,learn.groups = rcp,groups
     return learn

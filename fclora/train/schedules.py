@@ -8,9 +8,9 @@ it resizes adapters of a Learner's model, lets the optimiser go on with the stat
 
 # %% auto #0
 __all__ = ['schedules', 'rank_tensors', 'take_ranks', 'optimiser_states', 'swap_parameters', 'move_state', 'resized_plan',
-           'resize_adapters', 'forget_best', 'Schedule']
+           'resize_adapters', 'forget_best', 'Schedule', 'plan_schedules']
 
-# %% ../../nbs/52_schedules.ipynb #41b60408
+# %% ../../nbs/52_schedules.ipynb #4ec8adf9
 import math
 from dataclasses import replace
 import numpy as np, torch
@@ -23,7 +23,9 @@ from fastcore.foundation import L
 from ..sites import *
 from ..lora import *
 from ..adapt import *
+from ..checks import *
 from ..plan import *
+from .callbacks import *
 
 # %% ../../nbs/52_schedules.ipynb #b3ff0454
 def rank_tensors(
@@ -105,14 +107,16 @@ def resize_adapters(
 def forget_best(
     learn:Learner # Whose callbacks are looked through
 ):
-    "Let `SaveModelCallback` look for the best epoch anew: weights of other ranks could not be loaded at the end"
+    "Let `SaveModelCallback` and `KeepBest` look for the best epoch anew: weights of other ranks could not be loaded at the end"
     for cb in learn.cbs:
+        if isinstance(cb, KeepBest): cb.forget()
         if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp is np.less else -math.inf
 
 # %% ../../nbs/52_schedules.ipynb #fc9e1117
 class Schedule(Callback):
     "What changes while a model trains: a subclass says when, in events of a fastai callback, and calls `resize`"
     order,run_valid,_only_train_loop = 55,False,True # after the Recorder, before those that save; not for `summary`
+    unfinished = False # Are more ranks in use than the result may have? Then `KeepBest` passes over this epoch
 
     def __call__(self, event_name):
         "Nothing happens in `lr_find`, `validate` and `get_preds`, which send events too"
@@ -126,3 +130,12 @@ class Schedule(Callback):
         resize_adapters(self.learn, keep)
 
 schedules = {} # {name: `Schedule` class}, for Plans
+
+# %% ../../nbs/52_schedules.ipynb #ab9dbcc6
+def plan_schedules(
+    plan:Plan # Names a schedule, or an adapter whose training needs one, or both
+)->list: # Callbacks
+    "What happens while `plan` is trained; its own schedule takes the place of its adapter's where they are of one class"
+    names = [adapter_class(plan.adapter).schedule, plan.schedule]
+    made = [registered(schedules, n, 'schedule')() for n in names if n]
+    return list({type(cb):cb for cb in made}.values())
