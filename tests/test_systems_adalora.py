@@ -226,7 +226,7 @@ def test_a_second_fit_and_frozen_adapters(data):
 # --- end to end
 
 def test_finetune_saves_a_small_model(tmp_path):
-    run = finetune('digits', 'adalora', budget=20, epochs=1, batch_size=32, limit='160,96,96', out=str(tmp_path/'run'), probe=False, quiet=True)
+    run = finetune('digits', 'adalora', budget=20, epochs=2, batch_size=32, limit='160,96,96', out=str(tmp_path/'run'), probe=False, quiet=True)
     model,cfg = load_model(tmp_path/'run')
     assert cfg['adapter']=='svd' and sum(cfg['ranks'].values())==20==run.plan.total_rank
     assert {tuple(p.shape) for n,p in adapter_params(model).items() if 'lora_A' in n}=={(r,128) for r in cfg['ranks'].values() if r}

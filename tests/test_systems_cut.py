@@ -153,7 +153,7 @@ def test_the_schedule_cuts_once_and_trains_on(data, kw):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('r')/'run'
-    return out,finetune('digits', 'cut', budget=36, epochs=1, batch_size=32, limit='160,96,200', out=str(out), probe=False, quiet=True)
+    return out,finetune('digits', 'cut', budget=36, epochs=2, batch_size=32, limit='160,96,200', out=str(out), probe=False, quiet=True)
 
 def test_finetune_by_the_preset(run):
     out,made = run

@@ -91,7 +91,7 @@ def cubic_budget(
     if step<=warm: return first
     return final if step>=last else int((first-final)*(1-(step-warm)/(last-warm))**3+final)
 
-# %% ../../nbs/66_adalora.ipynb #21ff4056
+# %% ../../nbs/66_adalora.ipynb #bafe62b2
 class AdaLoRA(Schedule):
     "Prune the triplets of least importance until the Plan's budget holds, and keep the vectors nearly orthonormal"
     order = 5 # before gradients are accumulated or scaled, which has to happen to the orthogonality term too
@@ -105,13 +105,13 @@ class AdaLoRA(Schedule):
     ):
         super().__init__()
         store_attr()
-
     def before_fit(self):
         "Count the steps and the ranks at the start"
         n = self.n_epoch*len(self.dls.train)
         self.warm_steps,self.last_step = round(self.warm*n),n-round(self.settle*n)
-        self.done,self.scores = not any(p.requires_grad for p in svd_parts(self.model).values()),TripletScores(self.beta1, self.beta2)
-        self.first,self.prices = self.plan.spent,rank_costs(self.model, self.plan.unit)[0]
+        trains = any(p.requires_grad for p in svd_parts(self.model).values())
+        self.first,self.prices,self.scores = self.plan.spent,rank_costs(self.model, self.plan.unit)[0],TripletScores(self.beta1, self.beta2)
+        self.unfinished = trains and self.first>self.plan.budget
 
     def after_loss(self):
         "Add the orthogonality term to what goes backward; the loss that is reported stays"
@@ -119,14 +119,14 @@ class AdaLoRA(Schedule):
 
     def after_step(self):
         "Score, and set the values of unimportant triplets to zero; at the end of the pruning remove them"
+        if not self.unfinished: return
         step = self.train_iter+1
-        if self.done: return
         if step<self.last_step or not self.scores.sensitivity: self.scores.update(self.model)
         if step<self.last_step and (step<=self.warm_steps or step%self.every): return
         budget = cubic_budget(step, self.first, self.plan.budget, self.warm_steps, self.last_step)
         keep = best_ranks(self.scores.triplets(), self.prices, budget)
         self.mask(keep)
-        if step>=self.last_step: self.done = True; self.resize(keep)
+        if step>=self.last_step: self.unfinished = False; self.resize(keep)
 
     @torch.no_grad()
     def mask(self,

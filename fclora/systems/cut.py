@@ -112,7 +112,7 @@ def cut_model(
     "Cut the adapters of `model` down to `budget`, where their updates change least"
     return resize(model, concentrate(model, cut_choice(model, budget, unit)))
 
-# %% ../../nbs/55_cut.ipynb #a6f41eb4
+# %% ../../nbs/55_cut.ipynb #85e61723
 class Cut(Schedule):
     "After `at` of the training, cut the adapters to the Plan's budget; the rest of the training recovers"
     def __init__(self,
@@ -122,12 +122,12 @@ class Cut(Schedule):
         self.at = at
     def before_fit(self):
         "Refuse adapters that cannot be cut before anything is trained"
-        self.done = not current_ranks(self.model)
-        if not self.done: cut_sites(self.model)
+        self.unfinished = self.plan.spent>self.plan.budget
+        if self.unfinished: cut_sites(self.model)
     def after_step(self):
         "Cut once; Adam's moments of the rewritten factors begin anew"
-        if self.done or self.train_iter+1<self.at*self.n_epoch*self.n_iter: return
-        plan,self.done = self.learn.plan,True
+        if not self.unfinished or self.train_iter+1<self.at*self.n_epoch*self.n_iter: return
+        plan,self.unfinished = self.plan,False
         keep = concentrate(self.model, cut_choice(self.model, plan.budget, plan.unit))
         self.resize(keep)
         for (site,_),(p,_) in rank_tensors(self.model).items():
