@@ -49,6 +49,7 @@ Modules:
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
 - `fclora.runs.compare`: Several methods, several seeds, one table
+- `fclora.runs.cut_run`: A finished run cut down to fewer ranks, and measured before, after, and after a few steps of recovery
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
@@ -68,10 +69,14 @@ Modules:
 - `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
+- `fclora.systems.adalora`: Updates in the form of a singular value decomposition, whose values are pruned by sensitivity while they train
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
 - `fclora.systems.cka`: Adapt the blocks that change the representation of an image most
+- `fclora.systems.cut`: Train with generous ranks, then keep the largest singular values of all updates within the budget
 - `fclora.systems.dora`: Train the length of every row of a weight apart from its direction
 - `fclora.systems.eva`: Give a rank to every direction of the inputs that explains much of their variance
+- `fclora.systems.experts`: An update of several experts, which a router mixes anew for every token
+- `fclora.systems.floe`: The blocks whose adapters the loss depends on, and their number by Bayesian search
 - `fclora.systems.gora`: Ranks by what weights and gradients say, and a start one step down the gradient
 - `fclora.systems.stella`: An update in the form of a singular value decomposition, with both subspaces on the Stiefel manifold
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it

@@ -152,8 +152,9 @@ def plan_model(
     name = name or type(model).__name__
     spend = dict(method=method, budget=budget, unit=unit, lo=lo, hi=hi)
     plan_of = partial(make_plan, name, sites, seed=seed, settings=settings, **spend, **parts, **made)
-    def evaluate(ranks): # for an allocator that searches
-        return trial_loss(model, Plan(name, sites, ranks, budget, adapter=p.adapter, init=p.init, **made), dl, dls.valid, seed=seed)
+    def evaluate(ranks): # for an allocator that searches; a fresh loader, so that every trial sees the same batches
+        trial = Plan(name, sites, ranks, budget, adapter=p.adapter, init=p.init, **made)
+        return trial_loss(model, trial, score_dl(dls, bs=score_bs, seed=seed), dls.valid, seed=seed)
     if wanted := metrics_needed(p):
         tol = 0 if searches(p.allocator) else settle
         metrics,batches = measure_until(plan_of, model, dl, sites, wanted, score_batches, tol, progress, precision)

@@ -351,7 +351,7 @@ def part(model, batches, name):
     measure(model, batches, scorers=[scorer])
     return scorer
 
-@pytest.mark.parametrize('name', [*scorers,'input_pca'])
+@pytest.mark.parametrize('name', [*(o for o in scorers if o!='gate_fisher'),'input_pca']) # that one trains as it goes
 def test_two_halves_added_are_the_whole(model, batches, name):
     whole,one,two = (part(model, b, name) for b in (batches, batches[:1], batches[1:]))
     one.add(two)
