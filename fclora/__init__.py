@@ -55,6 +55,7 @@ Modules:
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
 - `fclora.runs.run`: What one fine-tuning decided and measured
+- `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
 - `fclora.runs.use`: Predict with a run, and turn it into plain timm weights
 - `fclora.scorers.activations`: Scores that only look at what goes in and what comes out
 - `fclora.scorers.composite`: Several measurements of a site become one score
@@ -82,6 +83,7 @@ Modules:
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it
 - `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
+- `fclora.train.fallback`: Where training has not helped, the linear probe is the result
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary

@@ -40,6 +40,8 @@ from .runs.finetune import finetune
 from .runs.compare import compare
 from .runs.use import merge_run, predict
 from .runs.evaluate import evaluate
+from .runs.cut_run import cut_run
+from .runs.systems import systems
 from .report.tables import compare_table, paper_table
 from .report.page import save_report
 from .deploy.hub import from_pretrained, push_to_hub

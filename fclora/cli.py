@@ -23,7 +23,8 @@ commands = dict(
     finetune='fclora.runs.finetune:finetune', compare='fclora.runs.compare:compare', score='fclora.runs.prepare:score',
     evaluate='fclora.runs.evaluate:evaluate', predict='fclora.runs.use:predict', merge='fclora.runs.use:merge_cmd',
     peft='fclora.deploy.peft:export_peft', push='fclora.deploy.hub:push_to_hub', export='fclora.deploy.int8:export',
-    demo='fclora.deploy.demo:demo', pretrain='fclora.studies.pretrain:pretrain', bench='fclora.studies.bench:bench')
+    demo='fclora.deploy.demo:demo', cut='fclora.runs.cut_run:cut_run', systems='fclora.runs.systems:systems',
+    pretrain='fclora.studies.pretrain:pretrain', bench='fclora.studies.bench:bench')
 
 # %% ../nbs/90_cli.ipynb #d37044fd
 @cache

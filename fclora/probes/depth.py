@@ -37,7 +37,7 @@ def pooled(
     mean = x.flatten(1, -2).mean(1)
     return torch.stack([x[:,0] if x.ndim==3 else mean, mean], 1)
 
-# %% ../../nbs/47_depth.ipynb #4aed16c3
+# %% ../../nbs/47_depth.ipynb #a422194a
 def block_features(
     model:nn.Module, # Left as it is
     dl, # Batches with targets
@@ -45,7 +45,9 @@ def block_features(
 )->tuple: # {block: (n, 2*d) features}, and targets
     "Features of every image after every block, from one pass"
     paths,found,targs = block_paths(model),{},[]
-    def keeper(b): return lambda m,args,out: found.setdefault(b, []).append(pooled(out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
+    def keeper(b):
+        def keep(m, args, out): found.setdefault(b, []).append(pooled(out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
+        return keep
     hooks = [model.get_submodule(p).register_forward_hook(keeper(b)) for b,p in enumerate(paths)]
     try:
         with preserved(model), torch.inference_mode(), autocast(model, precision):

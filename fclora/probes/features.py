@@ -18,7 +18,7 @@ from ..sites import *
 from ..precision import *
 from ..scorers.watch import *
 
-# %% ../../nbs/45_features.ipynb #e5ec2ef2
+# %% ../../nbs/45_features.ipynb #2df6b607
 def head_linears(
     model:nn.Module # With one head or several, see `head_names`
 )->list: # The linear layer of each
@@ -26,7 +26,7 @@ def head_linears(
     found = []
     for name in head_names(model):
         linears = [m for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear)]
-        if not linears: raise ValueError(f'the head {name} of {type(model).__name__} has no linear layer to start from a probe; use head=fresh')
+        if not linears: raise ValueError(f'the head {name} of {type(model).__name__} has no linear layer for a probe; use head=fresh')
         found.append(linears[-1])
     if not found: raise ValueError(f'{type(model).__name__} has no head')
     return found

@@ -9,10 +9,9 @@ where the head starts. `look_text` says it in one line, with what the training w
 # %% auto #0
 __all__ = ['step_passes', 'Look', 'first_look', 'soft_start', 'duration', 'look_text']
 
-# %% ../../nbs/48_start.ipynb #e7cd32a2
+# %% ../../nbs/48_start.ipynb #fca2c7c2
 import time
 from dataclasses import dataclass
-import torch
 from torch import nn
 from ..data.loaders import *
 from .features import *
@@ -66,7 +65,7 @@ def soft_start(
     "Start the heads of `model` from the class means of the frozen features of the training images"
     return start_head(model, soft_probe(*head_features(model, score_dl(dls), progress, precision), dls.c))
 
-# %% ../../nbs/48_start.ipynb #4754d619
+# %% ../../nbs/48_start.ipynb #8c46a800
 def duration(
     seconds:float # Wall time
 )->str: # Such as `40 s`, `12 min`, `3.5 h`
@@ -86,6 +85,6 @@ def look_text(
     n,points = len(look.valid[1]),100*look.noise
     seconds = look.image_seconds*(step_passes*n_train+n)*epochs
     start = f'the head starts at {look.start_accuracy:.1%}' if head=='probe' else 'the head starts afresh'
-    text = f'linear probe: {look.accuracy:.1%} (±{points:.1f}) of {n} validation images; {start}; training will take about {duration(seconds)}'
+    text = f'linear probe: {look.accuracy:.1%} (±{points:.1f}) of {n} validation images; {start}; training takes about {duration(seconds)}'
     if points<=2.5: return text
     return f'{text}\nso few validation images cannot tell a gain of less than {2*points:.0f} points from noise'

@@ -20,6 +20,19 @@ from pathlib import Path
 import timm, torch
 from fastcore.meta import delegates
 from fastai.torch_core import set_seed
+# every system enters its parts and its preset when it is imported
+from ..systems.dora import *
+from ..systems.eva import *
+from ..systems.gora import *
+from ..systems.step_sizes import *
+from ..systems.blocks import *
+from ..systems.cka import *
+from ..systems.experts import *
+from ..systems.cut import *
+from ..systems.stiefel import *
+from ..systems.stella import *
+from ..systems.adalora import *
+from ..systems.floe import *
 from ..sites import *
 from ..lora import *
 from ..find import *
