@@ -211,7 +211,7 @@ def test_a_run_in_16_bits_ends_near_one_in_32(method, dls):
             with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         return torch.tensor(learn.recorder.losses[-50:]),learn
     (a,learn),(b,_) = losses('bf16'),losses('fp32')
-    assert len(a)==50 and (a-b).abs().mean()<.03
+    assert len(a)==50 and (a-b).abs().mean()<.06
     assert {p.dtype for p in learn.model.parameters()}=={torch.float32}
 
 def test_scores_in_16_bits_give_nearly_the_same_ranks(dls):

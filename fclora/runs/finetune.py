@@ -102,8 +102,7 @@ def load(self:Job)->tuple: # images, dls and model
     wanted = dict(pick(prepare, self.options), seed=self.seed, quiet=self.quiet, bs=self.rcp['batch_size'], head_std=self.rcp['head_std'])
     with self.step('load'): images,dls,model,self.about = prepare(self.data, **wanted)
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
-    regime = self.method if self.method in regimes else 'adapters'
-    self.rcp = complete_recipe(self.rcp, model, regime, len(dls.train))
+    self.rcp = complete_recipe(self.rcp, model, self.method if self.method in regimes else 'adapters', len(dls.train))
     if self.given: self.given.check(model)
     self.say(forecast_text(model, self.about['model']['name'], images, self.method, self.rcp, self.given, self.options))
     return images,dls,model
@@ -119,8 +118,7 @@ def first_look(self:Job,
     head,precision = self.rcp['head'],self.rcp['precision']
     with self.step('probe'):
         if probe: self.look = first_look(model, dls, not self.quiet, precision)
-        if head=='probe' and probe: start_head(model, self.look.soft)
-        if head=='probe' and not probe: soft_start(model, dls, '' if self.quiet else 'features', precision)
+        if head=='probe': start_head(model, self.look.soft) if probe else soft_start(model, dls, precision=precision)
     if probe: self.say(look_text(self.look, len(dls.train_ds), self.rcp['epochs'], head))
 
 # %% ../../nbs/76_finetune.ipynb #a44420ca
@@ -211,12 +209,15 @@ def train(self:Job,
 
 # %% ../../nbs/76_finetune.ipynb #b974ee38
 @patch
+def logits(self:Job, learn, dl, what): return get_logits(learn.model, dl, '' if self.quiet else what, learn.recipe['precision'])
+
+@patch
 def calibrate(self:Job,
     learn # Trained
 )->float: # Temperature
     "One temperature from the validation images"
     with self.step('calibrate'):
-        logits,targs = get_logits(learn.model, learn.dls.valid, '' if self.quiet else 'validating', learn.recipe['precision'])
+        logits,targs = self.logits(learn, learn.dls.valid, 'validating')
         T = fit_temperature(logits, targs)
         self.measured['valid'] = calibration_table(logits, targs, T)
     return T
@@ -251,7 +252,7 @@ def evaluate(self:Job,
     T:float # Temperature
 )->Run: # Saved in the run folder
     "One look at the test images"
-    with self.step('evaluate'): logits,targs = get_logits(learn.model, learn.dls[2], '' if self.quiet else 'testing', learn.recipe['precision'])
+    with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
     metrics = self.measurements(learn, calibration_table(logits, targs, T))
     run = self.save(learn, 'done', T, metrics)
     return replace(run, logits=logits, targs=targs, images=images.test[0])
