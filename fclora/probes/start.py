@@ -55,14 +55,14 @@ def first_look(
     (Xv,valid),(Xt,test) = found['validation'],found['test']
     return Look(probe, soft, (probe(Xv),valid), (probe(Xt),test), right(soft(Xv), valid), seconds)
 
-# %% ../../nbs/48_start.ipynb #eb102aab
+# %% ../../nbs/48_start.ipynb #db2fb711
 def soft_start(
     model:nn.Module, # Not adapted; only its heads change
     dls, # fastai `DataLoaders`
     progress:str='', # Text of a progress bar, none by default
     precision:str='auto' # Of the products
 )->nn.Module: # `model`
-    "Start the heads of `model` from the class means of the frozen features of the training images"
+    "Start the heads of `model` from a soft probe of the training images"
     return start_head(model, soft_probe(*head_features(model, score_dl(dls), progress, precision), dls.c))
 
 # %% ../../nbs/48_start.ipynb #8c46a800

@@ -131,7 +131,7 @@ def score(
     method:str='fclora', # fclora, uniform, random, inverse or naive
     batch_size:int=32, # Images a scoring batch, unless --score-bs is given
     out:str=None, # File for the Plan, such as plan.json
-    head:str='probe', # Where the head starts: probe (class means of the frozen features) or fresh (random)
+    head:str='probe', # Where the head starts: probe (a soft linear probe of the frozen features) or fresh (random)
     profile:bool=False, # Also a linear probe after every block, as a table, and as a picture profile.svg beside the Plan
     seed:int=0, # Of everything random
     quiet:bool=False, # Print nothing but the result

@@ -31,7 +31,7 @@ def recipe(
     smoothing:float=.1, # Label smoothing
     clip:float=1., # Largest norm of the gradient; 0 turns clipping off
     head_std:float=.02, # Standard deviation of a fresh head's weights
-    head:str=None, # Where the head starts: probe (class means of the frozen features) or fresh (random)
+    head:str=None, # Where the head starts: probe (a soft linear probe of the frozen features) or fresh (random)
     keep:str=None, # Which epoch is kept: best (by validation loss, the probe among them) or last
     patience:int=0, # Stop after so many epochs without a better one; 0: never
     precision:str='auto', # Of the products: bf16, fp32, or auto: bf16 where that is faster
