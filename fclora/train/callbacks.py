@@ -59,7 +59,10 @@ def trained_state(
 
 class KeepBest(Callback):
     "Go back to the epoch with the lowest validation loss at the end, and stop early if asked to"
-    order,remove_on_fetch = 65,True
+    order = 65
+    def __call__(self, event_name):
+        "Nothing happens in `lr_find`, `validate` and `get_preds`, which send events too"
+        if not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked(): super().__call__(event_name)
     def __init__(self,
         loss=F.cross_entropy, # Called with logits (n, c) and targets of all validation images
         patience:int=0 # Stop after so many epochs without a better one; 0: never
@@ -76,7 +79,7 @@ class KeepBest(Callback):
         if not self.training: self.seen.append((self.pred.detach().float().cpu(), *(y.detach().cpu() for y in self.yb)))
     def after_epoch(self):
         "Keep the weights if this epoch is the best so far"
-        if hasattr(self.learn, 'lr_finder') or any(getattr(cb, 'unfinished', False) for cb in self.learn.cbs): return
+        if any(getattr(cb, 'unfinished', False) for cb in self.learn.cbs): return
         self.losses.append(float(self.loss(*map(torch.cat, zip(*self.seen)))))
         if self.state is None or self.losses[-1]<self.losses[self.epoch_kept]:
             self.epoch_kept,self.state = len(self.losses)-1,trained_state(self.model)
@@ -95,7 +98,7 @@ class AutoMixedPrecision(MixedPrecision):
     def __init__(self): super().__init__(AMPMode.BF16)
     def before_fit(self):
         "Products in bfloat16 on this device from here on"
-        super().before_fit()
+        self.learn.scaler,self.scales = torch.amp.GradScaler(self.dls.device.type, enabled=False),[]
         self.autocast = autocast(self.model, 'bf16')
 
 # %% ../../nbs/51_callbacks.ipynb #c7673913
