@@ -77,7 +77,7 @@ def test_bad_values(capsys):
                       (('--weights', 'hessian=1'), 'explained_var'), (('--init', 'svd'), 'orthogonal'), (('--normaliser', 'z'), 'minmax'), (('--unit', 'mb'), 'params')):
         assert word in fails(capsys, *tune('digits', *args))
 def test_loss_is_nan(capsys, tmp_path): assert '--lr' in fails(capsys, *tune('digits', '--lr', '1e30', '--clip', 0, '--out', tmp_path/'r'))
-def test_zero_head(capsys): assert 'the head is probably all zeros' in fails(capsys, *tune('digits', '--head-std', 0))
+def test_zero_head(capsys): assert 'the head is probably all zeros' in fails(capsys, *tune('digits', '--head', 'fresh', '--head-std', 0))
 
 def test_plan_of_another_model_or_broken(capsys, tmp_path):
     assert main(['score', '--method', 'uniform', '--quiet', '--out', str(tmp_path/'p.json')])==0
@@ -97,7 +97,7 @@ def test_output_folder_not_empty(capsys, tmp_path):
 
 def test_force_removes_nothing_when_other_options_are_wrong(capsys, copy, tmp_path):
     before = {f.name:f.read_bytes() for f in copy.iterdir()}
-    for args in (('digits', '--budget', 5), (tmp_path/'none',), ('digits', '--head-std', 0)): fails(capsys, *tune(*args, '--out', copy, '--force'))
+    for args in (('digits', '--budget', 5), (tmp_path/'none',), ('digits', '--head', 'fresh', '--head-std', 0)): fails(capsys, *tune(*args, '--out', copy, '--force'))
     assert {f.name:f.read_bytes() for f in copy.iterdir()}==before
 
 def test_out_of_gpu_memory(capsys, monkeypatch):
