@@ -90,4 +90,4 @@ Modules:
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
 - `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

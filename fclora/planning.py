@@ -111,7 +111,7 @@ def add_forecast(
 def plan_model(
     model:nn.Module, # Not adapted; only its head may change, by the warm-up
     dls, # fastai `DataLoaders`; the training images are scored without augmentation
-    method:str='fclora', # One of `presets`: fclora, uniform, random, inverse, naive, or your own
+    method:str='fclora', # One of `presets`, such as fclora, uniform, adalora, dora, eva, or your own; fclora systems lists them
     budget:int=100, # Ranks or parameters to spend
     unit:str='ranks', # Unit of the budget: ranks or params
     lo:int=1, # Lower bound of a rank
@@ -120,8 +120,8 @@ def plan_model(
     include:str=None, # Regular expression that their names must match (from Python also a list of names)
     weights:str=None, # Metrics and weights, of fisher, grad, cov, sample_fisher, gora, explained_var; the method's by default
     normaliser:str=None, # minmax, rank or log; the method's by default
-    allocator:str=None, # waterfill, uniform, random, inverse, naive, or your own; the method's by default
-    adapter:str=None, # lora, or your own; the method's by default
+    allocator:str=None, # waterfill, uniform, random, inverse, naive, blocks, eva, gora, floe, or your own; the method's by default
+    adapter:str=None, # lora, dora, svd, stiefel, stella, frozen_a, moe, or your own; the method's by default
     init:str=None, # kaiming, orthogonal (orthonormal rows) or eva (principal components of inputs); the method's by default
     lora_alpha:float=8., # Numerator of the LoRA scaling
     scaling:str=None, # Scaling of an update: sqrt for lora_alpha/sqrt(r), rank for lora_alpha/r, mean for lora_alpha/mean(r); the method's

@@ -2,6 +2,7 @@
 import inspect, json, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf
@@ -152,9 +153,9 @@ def test_mixup_takes_the_place_of_cutmix(make):
     learn.fit_recipe()
     assert np.isfinite(learn.recorder.values[-1][0])
     assert type(learn.loss_func).__name__=='LabelSmoothingCrossEntropyFlat'
-    learn = make()
+    learn = make(cutmix=1)
     before = state(learn)
-    for f in (lambda: learn.fit(1, cbs=MixUp()), lambda: learn.add_cb(MixUp), lambda: make(cbs=[MixUp()])):
+    for f in (lambda: learn.fit(1, cbs=MixUp()), lambda: learn.add_cb(MixUp), lambda: make(cutmix=1, cbs=[MixUp()])):
         with pytest.raises(ValueError, match='cutmix=0'): f()
     assert not changed(learn, before) and not hasattr(learn, 'mix_up')
     learn.remove_cb(CutMix)
@@ -162,11 +163,14 @@ def test_mixup_takes_the_place_of_cutmix(make):
     assert changed(learn, before)
 
 @claim('`to_fp16`, `to_bf16`, `to_fp32`')
-def test_mixed_precision_is_refused_without_a_gpu_and_never_twice(make):
+def test_mixed_precision_is_there_where_the_device_has_it_and_never_twice(make):
     learn = make()
-    for f in (learn.to_fp16, learn.to_bf16, lambda: learn.fit(1, cbs=MixedPrecision)):
+    for f in (learn.to_fp16, lambda: learn.fit(1, cbs=MixedPrecision)):
         with pytest.raises(ValueError, match='needs a CUDA device, and this Learner is on the cpu'): f()
-    assert not hasattr(learn, 'mixed_precision')
+    with patch('torch.cpu.get_capabilities', lambda: {}), pytest.raises(ValueError, match='no instructions for bfloat16'): learn.to_bf16()
+    assert not any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
+    with patch('torch.cpu.get_capabilities', lambda: dict(avx512_bf16=True)): learn.to_bf16(); learn.fit(1)
+    assert {p.dtype for p in learn.model.parameters()}=={torch.float32}
     learn.to_fp32()
     learn.dls = SimpleNamespace(device=torch.device('cuda')) # what `add_cb` looks at
     learn.to_bf16(); learn.to_fp16()
@@ -227,7 +231,7 @@ def test_wandb_offline(make, tmp_path, monkeypatch):
     wandb = pytest.importorskip('wandb', reason='wandb is not installed')
     from fastai.callback.wandb import WandbCallback
     for k in ('CONFIG_DIR','CACHE_DIR','DATA_DIR'): monkeypatch.setenv(f'WANDB_{k}', str(tmp_path/'home'))
-    learn = make(cbs=WandbCallback(n_preds=4, seed=1))
+    learn = make(cutmix=1, cbs=WandbCallback(n_preds=4, seed=1))
     with wandb.init(mode='offline', dir=tmp_path, config=learn.recipe, settings=wandb.Settings(silent=True)) as run:
         learn.fit_recipe()
         assert run.summary['accuracy']==pytest.approx(learn.recorder.values[-1][2]) and 'lr_2' in run.summary.keys()
@@ -332,7 +336,7 @@ def test_interpretation(make):
 
 @claim('`dls.show_batch`, `show_results`, `summary`')
 def test_pictures_and_summary(make):
-    learn = make()
+    learn = make(cutmix=1)
     learn.dls.show_batch(max_n=4); learn.show_results(max_n=4)
     n,text = count_params(learn.model),str(learn.summary())
     assert f"Total params: {n['total']:,}\nTotal trainable params: {n['trainable']:,}\n" in text and 'CutMix' in text

@@ -20,7 +20,7 @@ from fclora.planning import plan_model
 from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_model
 from fclora.runs.use import merge_run
-from fclora.scorers.measure import measure
+from fclora.scorers.measure import measure, scorers
 from fclora.scorers.watch import batch_loss
 from fclora.systems.experts import *
 from fclora.systems.floe import *
@@ -127,6 +127,13 @@ def test_without_optuna_one_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(fclora.files, 'find_spec', lambda p: None)
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r"needs optuna: pip install 'fclora\[tune\]'"): search(hills, options)
+
+def test_without_optuna_nothing_is_measured(data, monkeypatch):
+    import fclora.files
+    model,dls = data
+    monkeypatch.setattr(fclora.files, 'find_spec', lambda p: None)
+    monkeypatch.setitem(scorers, 'gate_fisher', None) # would fail if it were asked
+    with pytest.raises(ImportError, match=r"fclora\[tune\]"): plan_model(model, dls, 'floe', budget=36)
 
 # --- the allocator
 

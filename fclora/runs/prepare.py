@@ -128,7 +128,7 @@ def print_profile(
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 def score(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
-    method:str='fclora', # fclora, uniform, random, inverse or naive
+    method:str='fclora', # fclora, uniform, or another that fclora systems lists
     batch_size:int=32, # Images a scoring batch, unless --score-bs is given
     out:str=None, # File for the Plan, such as plan.json
     head:str='probe', # Where the head starts: probe (a soft linear probe of the frozen features) or fresh (random)

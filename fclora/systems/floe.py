@@ -136,6 +136,7 @@ def floe(
     tried = search(lambda k: evaluate(choices[k]), list(choices), trials, seed, path, scores=scores, budget=budget)
     return choices[min(tried, key=tried.get)]
 
+floe.packages = dict(optuna='tune') # {package: extra of fclora}, asked for before anything is measured
 allocators['floe'] = floe
 presets['floe'] = Preset('the blocks whose adapters the loss depends on, as many as a search finds best', dict(gate_fisher=1.),
                          allocator='floe', source='arXiv 2506.00495')
