@@ -106,7 +106,7 @@ def test_every_method_round_trips(method, folder, tmp_path):
     assert (r.plan is None)==(method in ('head','full'))
 
 def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
-    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform,head', '--seeds', '0,1', *QUICK[:-1], '--batch-size', '8', '--out', str(tmp_path/'c')]
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform,head', '--seeds', '0,1', *QUICK, '--batch-size', '8', '--out', str(tmp_path/'c')]
     assert main(args)==0
     assert 'uniform' in capsys.readouterr().out
     d = json.loads((tmp_path/'c'/'compare.json').read_text())
@@ -123,7 +123,7 @@ def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
 
 def test_compare_tunes_each_row_on_validation_images(folder, tmp_path, capsys):
     out = tmp_path/'c'
-    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform budget=18; uniform; head', '--seeds', '0', '--lrs', '0,1e-2', *QUICK[:-1], '--batch-size', '4', '--out', str(out)]
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform budget=18; uniform; head', '--seeds', '0', '--lrs', '0,1e-2', *QUICK, '--batch-size', '4', '--out', str(out)]
     assert main(args)==0
     d = json.loads((out/'compare.json').read_text())
     assert list(d['methods'])==['uniform budget=18','uniform','head'] and d['tuning'].keys()==d['methods'].keys()

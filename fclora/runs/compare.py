@@ -184,7 +184,7 @@ def command_line(
     return ' '.join(['fclora compare', shlex.quote(str(data)), *texts])
 
 # %% ../../nbs/77_compare.ipynb #23fbda2e
-@delegates(finetune, but=['method','seed','out','force','plan','data','probe'])
+@delegates(finetune, but=['method','seed','out','force','plan','data'])
 def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     methods:str='fclora,uniform,head,full', # Separated by commas; or rows with options: 'fclora; fclora weights=fisher=1; uniform'

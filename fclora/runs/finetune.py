@@ -132,8 +132,7 @@ def allocate(self:Job,
     if self.given: plan = self.given
     else:
         name,wanted = self.about['model']['name'],pick(plan_model, self.options, ['model'])
-        with self.step('score'):
-            plan = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
+        with self.step('score'): plan = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
     self.say(plan)
     return plan
 
@@ -237,9 +236,8 @@ def measurements(self:Job,
     return dict(
         method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
-        params=count_params(learn.model), valid=self.measured['valid'], test=test,
-        seconds=dict(self.seconds, total=time.perf_counter()-self.began),
-        peak_memory_mb=mib, memory_kind=kind, hardware=hardware(learn.dls.device))
+        params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
+        seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
 # %% ../../nbs/76_finetune.ipynb #d43b511d
 @patch
