@@ -147,7 +147,7 @@ def recipe_cbs(
     "The callbacks that `rcp` asks for"
     cbs = [StopOnNaN()]
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
-    if rcp['cutmix']: cbs.append(CutMix(rcp['cutmix']))
+    if rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
