@@ -105,7 +105,8 @@ def test_stored_bins_give_the_ece():
 def known_numbers():
     "Every mean ± standard deviation that a page may print"
     groups = [g for _,g in runs.groupby(['study','row'])]
-    return {pm(g.accuracy, d, unit=100) for g in groups for d in (1,2)} | {pm(g[k], 3) for g in groups for k in ('ece_raw','ece','nll')}
+    return {pm(g.accuracy, d, unit=100) for g in groups for d in (1,2)} | {pm(g[k], 3) for g in groups for k in ('ece_raw','ece','nll')} | \
+        {pm(g.probe_accuracy, 2, unit=100) for g in groups if g.probe_accuracy.notna().all()}
 
 @pytest.mark.parametrize('page', [p for p in pages if p.stem not in ('speed','compatibility','pretraining')], ids=lambda p: p.stem)
 def test_means_on_a_page_are_those_of_the_runs(page):
