@@ -168,7 +168,7 @@ def fit_probe(
     return folded(weight, bias, mean, std, **best)
 
 # %% ../../nbs/46_probe.ipynb #38c5eb20
-softness = .9 # Share of the loss of knowing nothing that is left; see the page of results on the start
+softness = .9 # Share of the loss of knowing nothing that is left; chosen on one seed of three problems
 
 def ridge(
     Z:torch.Tensor, # (n, d) standardised features

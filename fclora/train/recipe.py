@@ -73,7 +73,7 @@ def model_width(
     return inputs[0]
 
 # %% ../../nbs/50_recipe.ipynb #4a75ae7b
-cutmix_from = 1000 # Steps from which CutMix pays
+cutmix_from = 1000 # Steps from which CutMix is on: a guess, not measured yet
 
 def complete_recipe(
     rcp:dict, # From `recipe`
