@@ -189,3 +189,8 @@ def test_errors(run, tmp_path):
     with pytest.raises(ValueError, match='recover must be a whole number'): cut_run(str(run[0]), 3, recover=-1)
     with pytest.raises(FileNotFoundError): cut_run(str(tmp_path/'nowhere'), 3)
     assert head and not (tmp_path/'x').exists()
+
+def test_the_command_takes_its_budget_by_name(capsys, tmp_path):
+    from fclora.cli import main, parser
+    assert vars(parser('cut').parse_args(['RUN', '--budget', '9']))==dict(run='RUN', budget=9)
+    assert main(['cut', str(tmp_path/'none')])==1 and 'budget must be a whole number' in capsys.readouterr().err

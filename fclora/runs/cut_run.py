@@ -92,7 +92,7 @@ def stage_rows(
 # %% ../../nbs/86_cut_run.ipynb #3ccb1f7c
 def cut_run(
     run:str, # Run folder
-    budget:int, # Ranks or parameters that are to be left
+    budget:int=None, # Ranks or parameters that are to be left; must be given
     unit:str='ranks', # Unit of the budget: ranks or params
     recover:int=0, # Steps of training after the cut
     out:str=None, # Run folder to write; runs/RUN-cut-N by default
