@@ -122,7 +122,7 @@ def own_imports(path):
 
 def test_page_numbers_are_unique():
     for folder in ('.','studies','tutorials'):
-        numbers = [p.name[:2] for p in (root/'nbs'/folder).glob('[0-9][0-9]_*.ipynb')]
+        numbers = [p.name.split('_')[0] for p in (root/'nbs'/folder).glob('[0-9][0-9]*_*.ipynb')]
         assert len(numbers)==len(set(numbers)), folder
 
 def test_modules_import_only_from_earlier_pages_and_nothing_private():

@@ -69,7 +69,7 @@ class Reference(Processor):
             cell.metadata.setdefault('mystnb', dict(image=dict(alt=next(filter(None, near), cell.source))))
 
 texts = {'CHANGELOG.md':'changelog', 'CONTRIBUTING.md':'contributing', 'fclora/weights/README.md':'weights', 'CITATION.cff':'citation'}
-contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]_*','site/commands','glossary*'], 'Results':['results/*','studies/*'], 'Project':[f'site/{o}' for o in texts.values()]}
+contents = {'Tutorials':['tutorials/*'], 'Reference':['[0-9][0-9]*_*','site/commands','glossary*'], 'Results':['results/*','studies/*'], 'Project':[f'site/{o}' for o in texts.values()]}
 
 def landing(nb):
     "The table of contents behind the text"
