@@ -12,10 +12,10 @@ __all__ = ['crops', 'image_views', 'Views', 'may_flip']
 import torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/54a_views.ipynb #8b12e524
+# %% ../../nbs/54a_views.ipynb #2a4f4628
 def crops(
     x:torch.Tensor, # (n, 3, s, s) model input
-    share:float=.875 # Side of a crop, as a share of the image's
+    share:float=.9375 # Side of a crop, as a share of the image's
 )->list: # 4 tensors like `x`
     "The four corners of each image, enlarged to its size"
     s = x.shape[-1]
