@@ -258,4 +258,5 @@ def export_peft(
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'
     print(f"saved in {out}; load it by PeftModel.from_pretrained({base}, {str(out)!r})")
     if cfg['T']: print(f"PEFT has no place for the temperature: divide the logits by {cfg['T']:.4f}")
+    if cfg.get('vector'): print('nor for the vector: its scale and bias are in fclora.json, and apply to log-probabilities after the temperature')
     return Path(out)

@@ -17,7 +17,8 @@ from ..data.images import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
-from ..calibration.intervals import *
+from ..train.views import *
+from ..calibration.calibrator import *
 from .run import *
 from .folder import *
 from .use import *
@@ -61,18 +62,21 @@ def images_to_test(
 
 # %% ../../nbs/79_evaluate.ipynb #f567e53e
 def evaluation_rows(
-    table:dict # From `calibration_table`
+    table:dict # From `measure_calibrated`
 )->dict: # {row: text}
     "What `evaluate` prints"
     t = table
     return {
         'images':f"{t['n']:,}", 'accuracy':f"{t['accuracy']:.2%}",
         'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
+        **({'before the vector':f"{t['accuracy_raw']:.2%}"} if t['calibrator']=='vector' else {}),
         'NLL raw / scaled':f"{t['nll_raw']:.4f} / {t['nll']:.4f}",
+        'Brier raw / scaled':f"{t['brier_raw']:.4f} / {t['brier']:.4f}",
         'ECE raw / scaled':f"{t['ece_raw']:.4f} / {t['ece']:.4f}",
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'temperature':f"{t['T']:.3f}"}
+        'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
+        'temperature':f"{t['T']:.3f}", **promise_rows(t)}
 
 # %% ../../nbs/79_evaluate.ipynb #556f9708
 def evaluate(
@@ -84,14 +88,16 @@ def evaluate(
     data_root:str=None, # Where CIFAR is
     skip_bad:bool=False, # Go on without unreadable images
     device:str=None, # cpu, cuda, ...; the accelerator if there is one
+    tta:bool=False, # Look at several views of an image, mirrored and cropped, and average: 5 or 10 times the work
     quiet:bool=False # Print only the result
-)->dict: # As `calibration_table`
+)->dict: # As `measure_calibrated`
     "Accuracy and calibration of a run on test images"
     model,config = load_model(run, checkpoint, compute_device(device))
     images = images_to_test(data, config, skip_bad, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
     if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
-    res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)
+    if tta: model = Views(model, images.flip and may_flip(config))
+    res = measure_calibrated(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
-    for name,text in evaluation_rows(res).items(): print(f'{name:<18}{text}')
+    for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
     return res

@@ -31,6 +31,7 @@ from ..train.learner import *
 from ..train.logits import *
 from ..calibration.temperature import *
 from ..calibration.intervals import *
+from ..calibration.calibrator import *
 from ..report.tables import *
 from ..report.page import *
 from .run import *
@@ -71,6 +72,7 @@ def new_job(
     given = given_plan(plan, options) if plan else None
     if given: method = given.method
     else: check_method(method)
+    check_calibrator(options.get('calibrator', 'temperature'))
     rcp = recipe_for(method, options)
     return Job(str(data), method, rcp, new_folder(out, f'{Path(data).name}-{method}', force), seed, quiet, given, options)
 
@@ -129,8 +131,8 @@ def allocate(self:Job,
 )->Plan: # None for head and full
     "The Plan that was given, or one from scores on the training images"
     if self.method in regimes: return None
-    if self.given: plan = self.given
-    else:
+    plan = self.given
+    if not plan:
         name,wanted = self.about['model']['name'],pick(plan_model, self.options, ['model'])
         with self.step('score'): plan = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
     self.say(plan)
@@ -154,11 +156,11 @@ def learner(self:Job,
 def save(self:Job,
     learn, # From `fclora_learner`
     status:str, # done, or how far training got
-    T:float=None, # Temperature
+    calibration:dict=None, # From `fit_calibration`
     metrics:dict=None # As `metrics.json`
 )->Run:
     "Write the run folder with what there is so far"
-    config = run_config(learn, self.about['model'], self.about['data'], self.seed, T, status)
+    config = run_config(learn, self.about['model'], self.about['data'], self.seed, status=status) | (calibration or {})
     run = Run(config, metrics or {}, self.history, learn.plan, learn.model)
     save_run(run, self.out)
     return run
@@ -210,13 +212,15 @@ def logits(self:Job,
 @patch
 def calibrate(self:Job,
     learn # Trained
-)->float: # Temperature
-    "One temperature from the validation images"
+)->dict: # From `fit_calibration`
+    "A calibrator from the validation images, and what those that it has not seen can promise"
+    asked = pick(fit_calibration, self.options)
     with self.step('calibrate'):
         logits,targs = self.logits(learn, learn.dls.valid, 'validating')
-        T = fit_temperature(logits, targs)
-        self.measured['valid'] = calibration_table(logits, targs, T)
-    return T
+        found = fit_calibration(logits, targs, seed=self.seed, **asked)
+        self.measured['valid'] = calibration_table(logits, targs, found['T'], vector=found['vector'])
+    self.say(calibration_text(found, len(targs), **asked))
+    return found
 
 # %% ../../nbs/76_finetune.ipynb #105297e2
 @patch
@@ -229,12 +233,11 @@ def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
 @patch
 def measurements(self:Job,
     learn, # Trained
-    test:dict # `calibration_table` of the test images
+    test:dict # `measure_calibrated` of the test images
 )->dict: # As `metrics.json`
     "Every number of the run"
     mib,kind = peak_memory(learn.dls.device)
-    return dict(
-        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
+    return dict(method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
         params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
@@ -244,13 +247,12 @@ def measurements(self:Job,
 def evaluate(self:Job,
     learn, # Trained
     images, # `Images`
-    T:float # Temperature
+    calibration:dict # From `fit_calibration`
 )->Run: # Saved in the run folder
     "One look at the test images"
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
-    metrics = self.measurements(learn, calibration_table(logits, targs, T))
-    run = self.save(learn, 'done', T, metrics)
-    return replace(run, logits=logits, targs=targs, images=images.test[0])
+    metrics = self.measurements(learn, measure_calibrated(logits, targs, calibration))
+    return replace(self.save(learn, 'done', calibration, metrics), logits=logits, targs=targs, images=images.test[0])
 
 # %% ../../nbs/76_finetune.ipynb #aba3cabb
 @patch
@@ -268,6 +270,7 @@ def report(self:Job,
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
+@delegates(fit_calibration, keep=True, but=['logits','targs','seed'])
 def finetune(
     data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
@@ -286,9 +289,7 @@ def finetune(
     job = new_job(data, method, plan, out, force, seed, quiet, recipe=recipe, **kwargs)
     images,dls,model = job.load()
     job.first_look(dls, model, probe)
-    plan = job.allocate(dls, model)
-    learn = job.learner(dls, model, plan, checkpointing, compile)
+    learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)
     job.train(learn)
-    T = job.calibrate(learn)
-    run = job.evaluate(learn, images, T)
+    run = job.evaluate(learn, images, job.calibrate(learn))
     return job.report(run)

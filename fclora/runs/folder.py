@@ -24,6 +24,7 @@ from ..checks import *
 from ..plan import *
 from ..presets import *
 from ..backbones import *
+from ..calibration.calibrator import *
 from .run import *
 
 # %% ../../nbs/71_folder.ipynb #e748c31a
@@ -92,6 +93,7 @@ def check_values(
         model=isinstance(base.get('name'), str) and all(k in base for k in ('pretrained','checkpoint','one_head','size')),
         image=isinstance(image.get('size'), int) and 0<image['size']<=4096 and len(image.get('mean', ''))==len(image.get('std', ''))==3,
         T=T is None or _is_number(T) and T>0,
+        vector=is_vector(config.get('vector'), len(classes)), held_out=is_held_out(config.get('held_out')),
         ranks=all(isinstance(r, int) and r>=0 for r in ranks.values()),
         scaling=_are_multipliers(config))
     for k,ok in good.items():
