@@ -24,6 +24,25 @@ def make_images(root, classes=('cat','dog'), n=6, size=32, seed=0):
             Image.fromarray(px).save(root/c/f'{j}.png')
     return root
 
+def untrained_run(out, method='uniform', **entries):
+    "A run folder on the digits whose adapters and head are random, made without training; `entries` go into fclora.json"
+    from types import SimpleNamespace
+    from fclora.adapt import adapter_params
+    from fclora.backbones import create_backbone
+    from fclora.find import find_sites
+    from fclora.make_plan import make_plan
+    from fclora.runs.folder import save_run
+    from fclora.runs.run import Run,model_config,run_config
+    torch.manual_seed(0)
+    net = create_backbone('vit_pico', 10)
+    plan = make_plan('vit_pico', find_sites(net), method=method, budget=18)
+    plan.adapt(net)
+    with torch.no_grad():
+        for p in adapter_params(net).values(): p.add_(.1*torch.randn_like(p))
+    learn = SimpleNamespace(model=net, plan=plan, regime='adapters', recipe={}, dls=SimpleNamespace(vocab=[str(i) for i in range(10)]))
+    data = dict(name='digits', source='digits', limit='100,20,60', seed=0)
+    return save_run(Run(run_config(learn, model_config('vit_pico'), data, T=.5) | entries, {}, None, plan, net), out)
+
 @pytest.fixture(scope='session')
 def run(tmp_path_factory):
     "One short run on the embedded data, made by the installed command"

@@ -3,12 +3,12 @@ import json
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from conftest import untrained_run
 from scipy.stats import binom,binomtest
 from fclora.calibration.abstain import *
 from fclora.calibration.calibrator import fit_calibration
 from fclora.calibration.ece import judged
 from fclora.data.sources import load_images
-from fclora.runs.finetune import finetune
 from fclora.runs.use import decisions, lowest_confidence, predict
 
 def sample(n, seed=0, spread=5., sharp=1.):
@@ -78,12 +78,7 @@ def test_a_stricter_rate_stands_in_for_one_between():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp('run')/'run'
-    finetune('digits', 'head', epochs=1, limit='150,300,150', probe=False, quiet=True, out=str(out))
-    config = json.loads((out/'fclora.json').read_text())
-    config['held_out'] = fit_calibration(*sample(400), seed=1)['held_out'] # with thresholds whatever the short run was like
-    (out/'fclora.json').write_text(json.dumps(config))
-    return out
+    return untrained_run(tmp_path_factory.mktemp('run')/'run', held_out=fit_calibration(*sample(400), seed=1)['held_out'])
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

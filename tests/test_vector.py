@@ -8,12 +8,13 @@ from fclora.calibration.temperature import *
 from fclora.calibration.vector import *
 from fclora.data.sources import load_images
 from fclora.deploy.bank import AdapterBank
-from fclora.deploy.onnx import export_onnx, export_program, onnx_model
+from fclora.deploy.onnx import export_onnx, onnx_model
 from fclora.runs.evaluate import evaluate
 from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_model
 from fclora.runs.use import merge_cmd, predict
 from PIL import Image
+from conftest import untrained_run
 
 def sample(n=400, c=5, seed=0, tilt=1.):
     g = torch.Generator().manual_seed(seed)
@@ -48,7 +49,7 @@ def test_it_is_probmetrics_vector_scaling(monkeypatch):
 
 # --- never worse
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(10, 120), st.floats(-2, 2))
 def test_on_the_images_of_the_fit_the_nll_never_rises(seed, c, n, tilt):
     z,y = sample(n, c, seed, tilt)
@@ -58,7 +59,7 @@ def test_on_the_images_of_the_fit_the_nll_never_rises(seed, c, n, tilt):
     assert nll(calibrated_logits(z, T, fit_vector(z, y, T)), y)<=nll(z, y, T)+1e-9
 
 def test_the_temperature_is_kept_unless_cross_validation_prefers_the_vector():
-    for seed in range(6):
+    for seed in range(3):
         for tilt in (0., .1, 1.):
             z,y = sample(300, 5, seed, tilt)
             scores,chosen = cross_validated(z, y, seed=3),choose_vector(z, y, fit_temperature(z, y), seed=3)
@@ -85,16 +86,12 @@ def test_a_missing_class_and_few_samples():
 
 # --- through a run
 
+VECTOR = dict(scale=[1.,.5]+[1.]*8, bias=[1.5]+[0.]*9)
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "A run whose classes 0 and 1 were tilted after training, and the same with the vector that undoes it"
-    out = tmp_path_factory.mktemp('run')/'run'
-    finetune('digits', 'uniform', epochs=1, budget=18, limit='100,200,100', probe=False, quiet=True, out=str(out), calibrator='vector')
-    config = json.loads((out/'fclora.json').read_text())
-    assert config['held_out']['n']==100 and 'vector' in config and json.loads((out/'metrics.json').read_text())['test']['calibrator'] in calibrators
-    config['vector'] = dict(scale=[1.,.5]+[1.]*8, bias=[1.5]+[0.]*9)
-    (out/'fclora.json').write_text(json.dumps(config))
-    return out
+    held = fit_calibration(*sample(400, 10), seed=1)['held_out']
+    return untrained_run(tmp_path_factory.mktemp('run')/'run', vector=VECTOR, held_out=held)
 
 @pytest.fixture(scope='module')
 def photo(tmp_path_factory):
@@ -110,9 +107,9 @@ def test_prediction_and_evaluation_apply_it(folder, photo, capsys):
     got = {o['class']:o['probability'] for o in predict(folder, photo, top_k=10, device='cpu')[0]['top']}
     for i,name in enumerate(cfg['classes']): assert got[name]==pytest.approx(want[i].item(), abs=1e-5)
     t = evaluate(folder, quiet=True, device='cpu')
-    assert t['calibrator']=='vector' and t['accuracy_raw']!=t['accuracy'] and 'before the vector' in capsys.readouterr().out
+    assert t['calibrator']=='vector' and t['nll_raw']!=t['nll'] and 'before the vector' in capsys.readouterr().out
 
-def test_exports_carry_it(folder, tmp_path):
+def test_an_export_carries_it(folder, tmp_path):
     model,cfg = load_model(folder)
     px = torch.randint(256, (3,3,32,32), dtype=torch.uint8)
     mean,std = [torch.tensor(cfg['image'][k])[:,None,None] for k in ('mean','std')]
@@ -120,7 +117,6 @@ def test_exports_carry_it(folder, tmp_path):
     f = onnx_model(export_onnx(folder, tmp_path/'a.onnx'))
     torch.testing.assert_close(f(px), want, atol=1e-3, rtol=1e-3)
     assert json.loads(f.meta['vector'])==cfg['vector'] and json.loads(f.meta['held_out'])==cfg['held_out']
-    torch.testing.assert_close(torch.export.load(export_program(folder, tmp_path/'a.pt2')).module()(px), want, atol=1e-3, rtol=1e-3)
 
 def test_what_cannot_hold_it_says_so(folder, tmp_path):
     with pytest.raises(ValueError, match='cannot be divided into the head'): merge_cmd(str(folder), str(tmp_path/'a'), calibrated=True)

@@ -10,7 +10,8 @@ promise, and `fit_thresholds` does so for the usual rates."""
 __all__ = ['max_errors', 'risk_coverage', 'aurc', 'plot_risk_coverage', 'answered_above', 'error_bound', 'safe_threshold',
            'fit_thresholds', 'kept_threshold']
 
-# %% ../../nbs/62b_abstain.ipynb #a9f391e9
+# %% ../../nbs/62b_abstain.ipynb #61c29052
+import math
 import numpy as np, torch
 from torch import Tensor
 from .temperature import *
@@ -76,7 +77,7 @@ def error_bound(
     if not 0<=errors<=n: raise ValueError(f'errors must be in 0..{n}, the number of images, got {errors}')
     return 1. if errors==n else float(beta.ppf(certainty, errors+1, n-errors))
 
-# %% ../../nbs/62b_abstain.ipynb #abbb5f39
+# %% ../../nbs/62b_abstain.ipynb #334f2fa1
 def safe_threshold(
     conf:Tensor, # (n,) confidence of held-out images that the calibrator did not see
     right:Tensor, # (n,) 1 where the prediction is right
@@ -85,14 +86,14 @@ def safe_threshold(
 )->float: # Lowest confidence to answer from; None where these images cannot promise it
     "The confidence from which the error rate stays below `max_error`: lowered by hundredths while the bound allows it"
     check_level(max_error)
-    found = None
-    for t in np.arange(1-max_error, 0, -.01):
+    found,enough = None,min(len(conf), 3*math.log(1-certainty)/math.log(1-max_error))
+    for t in np.arange(99, 0, -1)/100:
         kept = conf>=t
         n,errors = int(kept.sum()),int((1-right[kept]).sum().round())
-        if not n or error_bound(0, n, certainty)>max_error: continue   # too few to vouch for anything
+        if n<enough: continue
         if error_bound(errors, n, certainty)>max_error: break
-        found = round(float(t), 4)
-        if kept.all(): break
+        found = float(t)
+        if n==len(conf): break
     return found
 
 # %% ../../nbs/62b_abstain.ipynb #4f9f3021
