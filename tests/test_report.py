@@ -1,19 +1,25 @@
 "Tables, pictures and pages of runs, on made logits with known answers"
-import json, re, warnings
+import json, re, shlex, shutil, warnings
+from functools import cache
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy import stats
+from fclora.calibration.abstain import aurc
+from fclora.calibration.calibrator import fit_calibration, promises_kept
 from fclora.calibration.intervals import calibration_table
 from fclora.calibration.temperature import class_accuracy
 from fclora.plan import Plan
+from fclora.report.html import *
+from fclora.report.making import *
 from fclora.report.page import *
+from fclora.report.sections import *
 from fclora.report.plots import *
 from fclora.report.seeds import *
 from fclora.report.tables import *
 from fclora.runs.run import Run
 from fclora.sites import Site
 
-titles = ['Results','Ranks','Training','Calibration','Classes','Confident mistakes','Settings']
+titles = ['What it is','How good it is','How sure it is','What it gets wrong','Where the ranks went','How training went','What it costs','How to use it','How to repeat it']
 history = pd.DataFrame(dict(epoch=[1,2], train_loss=[2.,1.5], valid_loss=[1.8,1.2], accuracy=[.4,.6], lr=[1e-3,1e-4], seconds=[1.,1.]))
 
 def made_plan(metrics=True):
@@ -23,10 +29,19 @@ def made_plan(metrics=True):
 
 def logits_of(pred, c): return 2.*torch.nn.functional.one_hot(torch.as_tensor(pred), c) + .1*torch.rand(len(pred), c, generator=torch.Generator().manual_seed(0))
 
+@cache
+def calibration_of(c):
+    "T = 0.5, and promises from 120 images that half of a good model's logits were right on"
+    held = torch.arange(240)%c
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # every prediction is right
+        return fit_calibration(.5*logits_of(held, c), held) | dict(T=.5)
+
 def made_run(pred=(0,1,2,0), targs=(0,1,2,1), classes=('cat','dog','emu'), method='fclora', seed=0, plan=None, **test):
     z,y = logits_of(pred, len(classes)),torch.tensor(targs)
-    t = {**calibration_table(z, y, .5, n_boot=10), **test}
-    config = dict(model=dict(name='tiny'), method=method, classes=list(classes), seed=seed, T=.5, data=dict(name='zoo', train=8, valid=4, test=len(y)),
+    calibration = calibration_of(len(classes))
+    t = {**calibration_table(z, y, .5, n_boot=10), 'aurc':aurc(z, y), **promises_kept(z/.5, y, calibration['held_out']), **test}
+    config = dict(model=dict(name='tiny'), method=method, classes=list(classes), seed=seed, **calibration, data=dict(name='zoo', train=8, valid=4, test=len(y)),
                   recipe=dict(lr=2e-3), versions=dict(torch='2'))
     metrics = dict(params=dict(adapter=336, head=27, backbone=1000, total=1363, trainable=363, paper_pct=33600/1363, pct=36300/1363), valid=t, test=t,
                    seconds=dict(load=.1, score=1., train=1234., calibrate=0., evaluate=0., total=1235.), epochs=2, total_rank=plan.total_rank if plan else None,
@@ -45,25 +60,28 @@ class Tags(HTMLParser):
 def check_page(page):
     "A whole page that loads nothing and describes its pictures"
     t = Tags(page)
-    assert not re.search('https?://|@import|url\\(', page)
+    assert not re.search('https?://|@import|url\\(', page) and len(page)<2e6
     names = {n for n,_ in t.tags}
-    assert not names & {'script','link','iframe','object','embed','a'}
+    assert not names & {'script','link','iframe','object','embed'}
+    ids = {a['id'] for _,a in t.tags if 'id' in a}
+    assert all(a['href'][0]=='#' and a['href'][1:] in ids for n,a in t.tags if n=='a')
     for n,a in t.tags:
         assert not any(k.startswith('on') for k in a)
-        if 'src' in a: assert n=='img' and a['src'].startswith('data:image/png;base64,iVBOR') and len(a['alt'])>10
+        if 'src' in a: assert n=='img' and re.match('data:image/(png;base64,iVBOR|jpeg;base64,/9j/)', a['src']) and len(a['alt'])>5
     return t
 
 def sections(page): return re.findall('<h2>(.*?)</h2>', page)
+def plots(page): return len(re.findall('<img class="plot', page))
 
 # Pages
 def test_page_has_every_section_and_loads_nothing():
     before = plt.get_fignums()
     page = report_html(made_run(plan=made_plan()))
     t = check_page(page)
-    assert sections(page)==titles and sum(n=='img' for n,_ in t.tags)==7
+    assert sections(page)==titles and plots(page)==7 and page.count('<figure>')==1
     assert plt.get_fignums()==before
-    assert 'tiny on zoo: fclora' in t.text and 'mean rank by kind: q 2.5, k 3.5, v 4.5' in t.text
-    assert 'color-scheme' in page and "default-src 'none'" in page
+    assert 'An image classifier for zoo' in t.text and 'mean by kind of site: q 2.5, k 3.5, v 4.5' in t.text
+    assert 'prefers-color-scheme' in page and 'width=device-width' in page and "default-src 'none'" in page
 
 evil = '<script>alert(1)</script>'
 def test_user_text_is_escaped_everywhere():
@@ -72,6 +90,7 @@ def test_user_text_is_escaped_everywhere():
     page = report_html(r)
     check_page(page)
     assert evil not in page and '&lt;script&gt;' in page and 'src=x' not in page.replace('&lt;img src=x', '')
+    assert page.count('<figure>')==2 and '&lt;script&gt;alert(1)&lt;/script&gt; → &quot;&gt;&lt;img' in page
     check_page(compare_html([r]))
 
 @pytest.mark.parametrize('method', ['head','full'])
@@ -83,12 +102,12 @@ def test_page_without_plan(method):
 def test_plan_without_metrics_has_one_picture_of_ranks():
     page = report_html(made_run(method='uniform', plan=made_plan(metrics=False)))
     check_page(page)
-    assert page.count('<img')==6 and 'without any measurement' in page
+    assert plots(page)==6 and 'without any measurement' in page
 
 def test_one_mistake_and_none():
     one,none = report_html(made_run()),report_html(made_run(pred=(0,1,2,1)))
-    assert 'wrong about 1 of 4' in one and one.count('<img')==5
-    assert 'All 4 test images' in none and none.count('<img')==3
+    assert 'wrong on 1 of 4' in one and plots(one)==5 and one.count('<figure>')==1
+    assert 'All 4 test images' in none and plots(none)==4 and '<figure>' not in none
     for o in (one,none): check_page(o); assert sections(o)==titles
 
 def test_run_without_logits_images_or_history():
@@ -97,7 +116,7 @@ def test_run_without_logits_images_or_history():
     assert report_html(r).count('not at hand')==1
     r.logits,r.history = None,None
     page = report_html(r)
-    assert sections(page)==titles and page.count('not at hand')==3 and 'no history' in page and '<img' not in page
+    assert sections(page)==titles and page.count('not at hand')==3 and 'no history' in page and plots(page)==1
 
 def test_hundred_classes_and_missing_ones():
     rng = np.random.default_rng(0)
@@ -131,13 +150,79 @@ def test_saved_or_left_alone(tmp_path):
     runs = [made_run(method=m, seed=s) for m in ('fclora','uniform') for s in (0,1)]
     assert '4 runs by 2 methods' in save_report(runs, tmp_path/'compare.html').read_text(encoding='utf-8')
 
+def test_what_was_asked_is_said_in_words_and_numbers():
+    r = made_run(plan=made_plan())
+    page,t = report_html(r, 'runs/my zoo'),r.metrics['test']
+    text = Tags(page).text
+    for o in ('to train on8','low-rank adapters','363 of its 1,363 numbers', f"{t['nll']:.4f}", f"{t['brier']:.4f}", f"{t['smooth_ece']:.4f}", f"{t['aurc']:.4f}", '120 validation images',
+              'breaks every one of these promises', '75.0\u00a0% of 4 test images', "fclora predict 'runs/my zoo' photo.jpg", '--sets .9', "fclora evaluate 'runs/my zoo' FOLDER", 'fclora finetune zoo'): assert o in text, o
+    assert scores_table(t).index.tolist()[:2]==['NLL','Brier score']
+    for score,d in t['sets'].items():
+        for level in d: assert f'{float(level):.0%}'.replace('%', '\u00a0%')+f', {score}' in text
+
+def test_a_run_without_held_out_images_says_so():
+    r = made_run()
+    r.config.update(held_out=None)
+    for k in ('sets','abstain'): del r.metrics['test'][k]
+    page = report_html(r)
+    check_page(page)
+    assert 'no prediction sets' in page and 'No confidence can be named' in page and '--sets' not in page and sections(page)==titles
+
+def test_an_older_run_has_a_page_too():
+    r = made_run(plan=made_plan())
+    for k in [k for k in r.metrics['test'] if k in ('sets','abstain','aurc','calibrator') or k.startswith(('smooth','accuracy_raw'))]: del r.metrics['test'][k]
+    del r.config['vector'], r.config['held_out']
+    check_page(report_html(r))
+    assert paper_table(r)['fclora']['smooth ECE, raw / scaled']=='–'
+
+def test_many_large_photographs_stay_small():
+    noise = torch.randint(255, (40,3,600,600), dtype=torch.uint8)
+    r = made_run([1]*40, [0]*40)
+    r.images = noise
+    assert len(report_html(r))<2e6 and report_html(r).count('image/jpeg')==12
+
+def test_the_command_repeats_what_was_asked():
+    r = made_run(method='head', seed=3)
+    r.config['model'].update(one_head=True, size=64, pretrained=False, checkpoint=None)
+    r.config['data'].update(source='my pets', limit='9,9,9', valid_pct=.3, flip=False, skip_bad=True)
+    r.config['recipe'] = dict(epochs=4, lr=None, smoothing=.1, batch_size=8)
+    words = shlex.split(repeat_command(r))
+    assert words[:5]==['fclora','finetune','my pets','--method','head']
+    pairs = dict(zip(words, words[1:]))
+    assert (pairs['--model'],pairs['--size'],pairs['--limit'],pairs['--valid-pct'],pairs['--seed'],pairs['--epochs'],pairs['--batch-size'])==('tiny','64','9,9,9','0.3','3','4','8')
+    assert {'--one-head','--no-pretrained','--no-flip','--skip-bad','--no-probe'}<=set(words) and not {'--lr','--smoothing','--plan','--no-sets'}&set(words)
+    assert '--plan runs/zoo/plan.json' in repeat_command(made_run(plan=made_plan()), 'runs/zoo')
+
+@pytest.mark.parametrize('scheme', ['light','dark'])
+@pytest.mark.parametrize('width', [1100,390])
+def test_in_a_browser_it_fits_loads_nothing_and_follows_the_scheme(width, scheme, tmp_path):
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: the report is not tried in a browser')
+    exe = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
+    if not exe: pytest.skip('no Chromium on this machine: the report is not tried in a browser')
+    r = made_run(classes=('cat','a name that is very long and has nowhereanyplacewhereitcouldbebroken'*2,'emu'), plan=made_plan())
+    path,bad = save_report(r, tmp_path/'report.html'),[]
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=['--no-sandbox'])
+        page = b.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
+        page.on('request', lambda o: o.url.startswith(('file:','data:')) or bad.append(o.url))
+        page.on('console', lambda m: bad.append(m.text))
+        page.goto(path.as_uri())
+        for o in page.locator('summary').all(): o.click()
+        assert page.evaluate('document.documentElement.scrollWidth')<=width
+        assert not page.evaluate('[...document.images].filter(o => !o.complete || !o.naturalWidth).length')
+        ink = sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.documentElement).color'))[:3]))
+        assert (ink>600)==(scheme=='dark') and (page.evaluate('getComputedStyle(document.querySelector(".plot")).filter')!='none')==(scheme=='dark')
+        assert page.evaluate("getComputedStyle(document.querySelector('pre')).userSelect")=='all'
+        b.close()
+    assert not bad
+
 # Tables
 def test_paper_table():
     t = paper_table([made_run(plan=made_plan()), made_run(method='head', seed=3)])
     assert list(t)==['fclora','head']
     col = t['fclora']
     assert col['adapter parameters (as the papers count)']=='336 (25 %)' and col['trained parameters (with head)']=='363 (27 %)'
-    assert col['test accuracy']=='75.00 %' and col['total rank']=='21' and col['peak memory']=='1,500 MB (process)'
+    assert col['test accuracy']=='75.00 %' and list(col.index).index('test loss (NLL), raw / scaled')<list(col.index).index('test Brier score, raw / scaled')<list(col.index).index('test ECE, raw / scaled') and col['total rank']=='21' and col['peak memory']=='1,500 MB (process)'
     assert col['seconds, scoring / training / total']=='1.0 / 1,234 / 1,235'
     assert col['class accuracy']==f'{np.mean([1,.5,1]):.2f} ± {np.std([1,.5,1]):.2f}'
     assert t.loc['total rank','head']=='–'

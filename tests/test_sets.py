@@ -1,5 +1,6 @@
 "Prediction sets: scores and thresholds against direct formulas, coverage within its binomial bounds, and what a run keeps of them"
 import json,math
+from fractions import Fraction
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -32,9 +33,10 @@ def test_scores_by_hand():
 @given(st.integers(1, 400), st.sampled_from([.5,.8,.9,.95,.99]), st.integers(0, 1000))
 def test_the_threshold_is_the_corrected_quantile(n, level, seed):
     s = np.random.default_rng(seed).random(n)
-    q = (n+1)*level/n
-    want = math.inf if q>1+1e-12 else np.quantile(s, min(q, 1), method='inverted_cdf')
-    assert conformal_threshold(torch.tensor(s), level)==pytest.approx(want)
+    k = math.ceil((n+1)*Fraction(str(level)))
+    want = math.inf if k>n else sorted(s)[k-1]
+    assert conformal_threshold(torch.tensor(s), level)==want
+    if k<=n: assert (s<=want).sum()/(n+1)>=level>(s<want).sum()/(n+1) # the least that suffices
 
 def test_exact_levels_are_not_lost_to_rounding():
     assert conformal_threshold(torch.arange(9.), .9)==8 and conformal_threshold(torch.arange(99.), .95)==94

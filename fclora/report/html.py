@@ -9,14 +9,14 @@ all text is escaped, pictures are inline, and a policy in the page forbids it to
 __all__ = ['page_style', 'page_policy', 'html_table', 'html_cards', 'html_text', 'html_commands', 'html_details',
            'inline_picture', 'inline_image', 'html_pictures', 'html_section', 'html_links', 'html_page']
 
-# %% ../../nbs/74a_html.ipynb #22a19ce2
+# %% ../../nbs/74a_html.ipynb #9d6b254b
 import warnings
 from base64 import b64encode
 from html import escape
 from io import BytesIO
 import pandas as pd, torch
 from matplotlib.figure import Figure
-from torchvision.io import encode_jpeg,encode_png
+from torchvision.transforms.v2.functional import to_pil_image
 from ..data.pixels import *
 from .tables import *
 
@@ -75,7 +75,7 @@ def inline_picture(
     cls = 'plot wide' if width>600 else 'plot'
     return f'<div class=scroll><img class="{cls}" alt="{escape(alt)}" width="{width}" src="data:image/png;base64,{b64encode(png).decode()}"></div>'
 
-# %% ../../nbs/74a_html.ipynb #b1feae8b
+# %% ../../nbs/74a_html.ipynb #8de3961c
 def inline_image(
     image, # uint8 tensor (3, h, w), or an image file
     alt:str, # What it shows, in words
@@ -86,8 +86,9 @@ def inline_image(
     if x is None: return '<span class=lost>file not readable</span>'
     if x.shape[-1]>size: x = square_resize(x, size)
     tiny = x.shape[-1]<=64
-    kind,data = ('png',encode_png(x)) if tiny else ('jpeg',encode_jpeg(x, 85))
-    return f'<img class={"pixels" if tiny else "photo"} alt="{escape(alt)}" src="data:image/{kind};base64,{b64encode(bytes(data.tolist())).decode()}">'
+    kind,buffer = 'png' if tiny else 'jpeg',BytesIO()
+    to_pil_image(x).save(buffer, kind, quality=85)
+    return f'<img class={"pixels" if tiny else "photo"} alt="{escape(alt)}" src="data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}">'
 
 def html_pictures(
     pictures:list # (image, alt, caption), as for `inline_image`
