@@ -36,7 +36,7 @@ from .prepare import *
 from .finetune import *
 
 # %% ../../nbs/77_compare.ipynb #3a28019f
-_not_for_a_row = ('data','method','seed','out','force','plan','quiet','probe')
+_not_for_a_row = ('data','method','seed','out','force','plan','quiet','probe','resume','auto_resume')
 
 def parse_options(
     row:str, # The row they are in, for the message
@@ -134,7 +134,7 @@ def run_row(
     seed:int, # Of the run
     data:str, # Data set or folder
     out:Path, # Folder of the comparison
-    keep:bool=False, # Read a finished run instead of running it again?
+    keep:bool=False, # Read a finished run instead of running it again, and go on with one that was stopped?
     force:bool=False # Replace a run that is there?
 )->Run: # Without its model and its images
     "Run one row with one seed, or read it when it is there"
@@ -142,7 +142,7 @@ def run_row(
     quiet = redirect_stdout(StringIO()) if options.get('quiet') else nullcontext()
     if keep and is_finished(folder): run = load_run(folder, model=False)
     else:
-        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, seed=seed, **options)
+        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, auto_resume=keep, seed=seed, **options)
     return replace(run, model=None, images=None, config=dict(run.config, row=row))
 
 # %% ../../nbs/77_compare.ipynb #8f782fa5
@@ -184,7 +184,7 @@ def command_line(
     return ' '.join(['fclora compare', shlex.quote(str(data)), *texts])
 
 # %% ../../nbs/77_compare.ipynb #23fbda2e
-@delegates(finetune, but=['method','seed','out','force','plan','data'])
+@delegates(finetune, but=['method','seed','out','force','plan','data','resume','auto_resume'])
 def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     methods:str='fclora,uniform,head,full', # Separated by commas; or rows with options: 'fclora; fclora weights=fisher=1; uniform'
@@ -192,7 +192,7 @@ def compare(
     lrs:str=None, # Learning rates to choose from for every row, by validation accuracy on the first seed
     out:str=None, # Folder for all runs and the comparison
     force:bool=False, # Replace runs that are in --out already
-    resume:bool=False, # Keep finished runs that are in --out already, and run only what is missing
+    resume:bool=False, # Keep finished runs that are in --out already, go on with one that was stopped, and run what is missing
     **kwargs
 )->dict: # Every run's numbers and the aggregated rows
     "Run several methods with several seeds under one recipe, and tabulate mean ± std"

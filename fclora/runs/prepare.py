@@ -9,8 +9,8 @@ will happen (`forecast_text`), a folder that is not in use (`new_folder`), and w
 
 # %% auto #0
 __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepare', 'print_profile', 'score', 'recipe_for',
-           'given_plan', 'check_method', 'rank_price', 'budget_text', 'forecast_text', 'new_folder', 'clear_run',
-           'peak_memory', 'hardware']
+           'given_plan', 'check_method', 'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder',
+           'clear_run', 'peak_memory', 'hardware']
 
 # %% ../../nbs/72_prepare.ipynb #de964e0f
 import os,platform,resource,sys
@@ -225,18 +225,29 @@ def forecast_text(
 # %% ../../nbs/72_prepare.ipynb #baf68509
 run_root = 'runs'
 
+def numbered_folder(
+    stem:str # Name to number from
+)->Path: # In `run_root`
+    "The first folder of that name that nobody has, made"
+    for i in range(1, 10**6):
+        out = Path(run_root)/f'{stem}-{i}'
+        try: out.mkdir(parents=True)
+        except FileExistsError: continue
+        return out
+
 def new_folder(
     out, # Asked for, or None
     stem:str, # Name to number from, in `run_root`, when nothing was asked for
     force:bool=False # May the folder hold an old run, to be replaced?
 )->Path:
-    "A folder for a run; nothing is removed yet"
-    if out is None: return next(p for i in range(1, 10**6) if not (p := Path(run_root)/f'{stem}-{i}').exists())
+    "A folder for a run, made if it has a number; nothing is removed yet"
+    if out is None: return numbered_folder(stem)
     out = Path(out)
     if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f'--out {out} is not empty; name another folder, or replace the run in it with --force')
-    return out
+    if force or not out.is_dir() or not any(o.name!='.lock' for o in out.iterdir()): return out
+    if (out/'options.json').is_file(): what = f'holds a run that was stopped; go on with it by fclora resume {out}'
+    else: what = 'is not empty; name another folder'
+    raise ValueError(f'--out {out} {what}, or replace the run in it with --force')
 
 # %% ../../nbs/72_prepare.ipynb #6f7a61f4
 def clear_run(

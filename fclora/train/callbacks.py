@@ -39,6 +39,17 @@ class KeepEpochs(Callback):
         save # Called with the status, such as `epoch 1 of 10`, and the history so far, a DataFrame
     ):
         self.save,self.rows = save,[]
+    def state_dict(self):
+        "For a checkpoint: the history so far"
+        return dict(rows=self.rows)
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on with the history"
+        self.rows = state['rows']
+    def history(self):
+        "One row an epoch"
+        return pd.DataFrame(self.rows)
     def before_epoch(self):
         "Start the clock"
         self.start = time.perf_counter()
@@ -47,7 +58,7 @@ class KeepEpochs(Callback):
         train,valid,acc = map(float, self.recorder.values[-1][:3])
         self.rows.append(dict(epoch=self.epoch+1, train_loss=train, valid_loss=valid, accuracy=acc,
                               lr=float(self.opt.hypers[0]['lr']), seconds=time.perf_counter()-self.start))
-        self.save(f'epoch {self.epoch+1} of {self.n_epoch}', pd.DataFrame(self.rows))
+        self.save(f'epoch {self.epoch+1} of {self.n_epoch}', self.history())
 
 # %% ../../nbs/51_callbacks.ipynb #afdf93a3
 def epoch_line(
@@ -68,7 +79,7 @@ def trained_state(
 
 class KeepBest(Callback):
     "Go back to the epoch with the lowest validation loss at the end, and stop early if asked to"
-    order = 65
+    order = 75 # after `KeepEpochs`, which must see the last epoch too
     def __call__(self, event_name):
         "Nothing happens in `lr_find`, `validate` and `get_preds`, which send events too"
         if not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked(): super().__call__(event_name)
@@ -97,6 +108,14 @@ class KeepBest(Callback):
         "Put the best weights back"
         if self.state is not None: self.model.load_state_dict(self.state, strict=False)
         self.state = None
+    def state_dict(self):
+        "For a checkpoint: losses so far, and the weights of the best epoch"
+        return dict(losses=self.losses, epoch_kept=self.epoch_kept, state=self.state or {})
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on looking for the best epoch"
+        self.losses,self.epoch_kept,self.state = state['losses'],state['epoch_kept'],state.get('state')
     def forget(self):
         "Start over: the weights kept so far do not fit the model any more"
         self.state = None

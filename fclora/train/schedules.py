@@ -123,6 +123,16 @@ class Schedule(Callback):
         if hasattr(self.learn, 'lr_finder') or self.learn.lock.locked(): return
         return super().__call__(event_name)
 
+    def state_dict(self):
+        "What a checkpoint keeps; a subclass that remembers more adds it"
+        return dict(unfinished=self.unfinished)
+
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on from a checkpoint, after `before_fit`"
+        self.unfinished = state['unfinished']
+
     def resize(self,
         keep:dict # As for `resize_adapters`
     ):
