@@ -194,7 +194,7 @@ def train(self:Job,
     if learn.plan: learn.plan.save(self.out/'plan.json')
     with self.step('train'), learn.added_cbs([KeepEpochs(keep), *best]), ExitStack() as silence:
         for o in () if bars else (learn.no_bar(), learn.no_logging()): silence.enter_context(o)
-        learn.fit_recipe()
+        learn.fit_recipe(time.perf_counter()-self.began, len(learn.dls.valid)+len(learn.dls[2]), self.say)
     for cb in best: self.settle(learn, cb, before)
 
 # %% ../../nbs/76_finetune.ipynb #b974ee38
@@ -234,7 +234,7 @@ def measurements(self:Job,
     "Every number of the run"
     mib,kind = peak_memory(learn.dls.device)
     return dict(
-        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
+        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
         params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
