@@ -48,11 +48,13 @@ Modules:
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.runs.claim`: One process at a time, the old run until the new one is done, and all that is needed to go on after a stop
 - `fclora.runs.compare`: Several methods, several seeds, one table
 - `fclora.runs.cut_run`: A finished run cut down to fewer ranks, and measured before, after, and after a few steps of recovery
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
+- `fclora.runs.job`: What was asked for, with its clock and its folder
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
 - `fclora.runs.run`: What one fine-tuning decided and measured
 - `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
@@ -84,9 +86,12 @@ Modules:
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it
 - `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
+- `fclora.train.checkpoint`: Stop a training at any step and go on later, to the same weights bit for bit
+- `fclora.train.ema`: A moving average of the weights that train, which is what is validated, kept and tested
 - `fclora.train.fallback`: Where training has not helped, the linear probe is the result
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image
+- `fclora.train.minutes`: As many epochs as fit in the minutes that there are, and a schedule that comes to its end
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
 - `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
 

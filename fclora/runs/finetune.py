@@ -123,7 +123,7 @@ def settle(self:Job,
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
-# %% ../../nbs/76_finetune.ipynb #9dcd36d7
+# %% ../../nbs/76_finetune.ipynb #7e4e16fd
 @patch
 def begin(self:Job,
     plan:Plan=None # None for head and full
@@ -150,7 +150,8 @@ def train(self:Job,
     epochs = KeepEpochs(keep)
     with self.step('train'), gentle_stop() as stop, ExitStack() as silence:
         for o in () if bars else (learn.no_bar(), learn.no_logging()): silence.enter_context(o)
-        with learn.added_cbs([epochs, *best, Checkpoints(self.out/'checkpoints', self.save_minutes, stop)]): learn.fit_recipe()
+        with learn.added_cbs([epochs, *best, Checkpoints(self.out/'checkpoints', self.save_minutes, stop)]):
+            learn.fit_recipe(time.perf_counter()-self.began, len(learn.dls.valid)+len(learn.dls[2]), self.say)
     self.history = epochs.history()
     for cb in best: self.settle(learn, cb, before)
 
@@ -175,7 +176,7 @@ def calibrate(self:Job,
         self.measured['valid'] = calibration_table(logits, targs, T)
     return T
 
-# %% ../../nbs/76_finetune.ipynb #105297e2
+# %% ../../nbs/76_finetune.ipynb #c76e066d
 @patch
 def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
     "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
@@ -191,7 +192,7 @@ def measurements(self:Job,
     "Every number of the run"
     mib,kind = peak_memory(learn.dls.device)
     return dict(
-        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
+        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
         resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
@@ -237,7 +238,7 @@ def finetune(
     out:str=None, # Run folder; runs/DATA-METHOD-N by default
     force:bool=False, # Replace a run that is in --out already; it stays in OUT/replaced until the new one is done
     resume:bool=False, # Go on with the run in --out that was stopped
-    auto_resume:bool=False, # Start the run in --out, go on with it, or do nothing when it is done: for restarting schedulers
+    auto_resume:bool=False, # Start the run in --out, go on with it, or leave it when it is done: for schedulers
     save_minutes:float=0., # Minutes between checkpoints within an epoch; 0: after every epoch only
     seed:int=0, # Of everything random
     quiet:bool=False, # Print only the result

@@ -47,6 +47,7 @@ from ..planning import *
 from ..probes.start import *
 from ..probes.depth import *
 from ..train.recipe import *
+from ..train.ema import *
 from .run import *
 from .folder import *
 
@@ -157,6 +158,7 @@ def recipe_for(
     "The recipe that these options ask for: given values, then those of the preset, then the defaults"
     given = {k:v for k,v in pick(recipe, options).items() if v is not None}
     preset = presets[method].recipe if method in presets else {}
+    if method in presets: check_ema(given.get('ema'), options.get('adapter') or presets[method].adapter)
     return recipe(**{**preset, **given, 'base':options.get('recipe') or 'auto'})
 
 # %% ../../nbs/72_prepare.ipynb #4849139c

@@ -34,7 +34,7 @@ class StopOnNaN(Callback):
 # %% ../../nbs/51_callbacks.ipynb #a3b13a99
 class KeepEpochs(Callback):
     "Call `save` after every epoch, so that whatever stops the training loses one epoch at most"
-    order,run_valid = 70,False
+    order,run_valid = 64,False # before `KeepBest`, which may end the training
     def __init__(self,
         save # Called with the status, such as `epoch 1 of 10`, and the history so far, a DataFrame
     ):
@@ -79,7 +79,7 @@ def trained_state(
 
 class KeepBest(Callback):
     "Go back to the epoch with the lowest validation loss at the end, and stop early if asked to"
-    order = 75 # after `KeepEpochs`, which must see the last epoch too
+    order = 65
     def __call__(self, event_name):
         "Nothing happens in `lr_find`, `validate` and `get_preds`, which send events too"
         if not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked(): super().__call__(event_name)
@@ -103,7 +103,7 @@ class KeepBest(Callback):
         self.losses.append(float(self.loss(*map(torch.cat, zip(*self.seen)))))
         if self.state is None or self.losses[-1]<self.losses[self.epoch_kept]:
             self.epoch_kept,self.state = len(self.losses)-1,trained_state(self.model)
-        elif self.patience and len(self.losses)-1-self.epoch_kept>=self.patience: raise CancelFitException
+        elif self.stopped: raise CancelFitException
     def after_fit(self):
         "Put the best weights back"
         if self.state is not None: self.model.load_state_dict(self.state, strict=False)
@@ -119,6 +119,10 @@ class KeepBest(Callback):
     def forget(self):
         "Start over: the weights kept so far do not fit the model any more"
         self.state = None
+    @property
+    def stopped(self):
+        "Has the patience come to its end?"
+        return bool(self.patience and self.losses) and len(self.losses)-1-self.epoch_kept>=self.patience
 
 # %% ../../nbs/51_callbacks.ipynb #60b734be
 class AutoMixedPrecision(MixedPrecision):

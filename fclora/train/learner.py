@@ -40,7 +40,9 @@ from ..initialisers import *
 from ..data.loaders import *
 from .recipe import *
 from .callbacks import *
+from .ema import *
 from .schedules import *
+from .minutes import *
 
 # %% ../../nbs/53_learner.ipynb #4eb62f40
 def param_groups(
@@ -148,6 +150,7 @@ def recipe_cbs(
     cbs = [StopOnNaN()]
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
     if rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
+    if rcp.get('ema'): cbs.append(EMA(rcp['ema']))
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
@@ -168,6 +171,7 @@ def fclora_learner(
     rcp = rcp or recipe()
     if checkpointing: recompute_blocks(model); recompute_blocks(model, False) # refuse before anything is changed
     schedule = plan_schedules(plan) if regime=='adapters' else []
+    if regime=='adapters': check_ema(rcp.get('ema'), plan.adapter)
     rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
     set_seed(seed)
     make_trainable(model, plan, dls, seed)
@@ -184,16 +188,24 @@ def fclora_learner(
 
 # %% ../../nbs/53_learner.ipynb #fa063ed2
 @patch
-def fit_recipe(self:FCLoRALearner):
-    "Train as `self.recipe` says: its epochs, its schedule, its learning rates for adapters or backbone and for the head"
+def fit_recipe(self:FCLoRALearner,
+    spent:float=0., # Seconds of the recipe's minutes that have gone already
+    after:int=0, # Batches that follow within the minutes, for temperature and test
+    say=print # Called with what is worth a line: which epochs fit, and that patience has ended
+):
+    "Train as `self.recipe` says: its epochs or minutes, its schedule, its learning rates for adapters or backbone and for the head"
+    in_time = plan_minutes(self, spent, after, say)
     r = self.recipe
     rates = dict(backbone=r['lr'], backbone_B=r['lr']*r.get('b_ratio', 1), head=r['head_lr'])
     lrs = [rates[part] for part,_ in self.groups]
     try:
-        if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0)
-        else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'])
+        if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0, cbs=in_time)
+        else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'], cbs=in_time)
     except FloatingPointError as e: # fastai puts a line of its own before ours
         raise FloatingPointError(str(e).splitlines()[-1].strip()) from None
+    for cb in self.cbs:
+        if isinstance(cb, KeepBest) and cb.stopped:
+            say(f"stopped after epoch {self.epoch+1} of {r['epochs']}: the last {cb.patience} were no better")
     return self
 
 # %% ../../nbs/53_learner.ipynb #76f671da

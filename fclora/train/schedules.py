@@ -26,6 +26,7 @@ from ..adapt import *
 from ..checks import *
 from ..plan import *
 from .callbacks import *
+from .ema import *
 
 # %% ../../nbs/52_schedules.ipynb #b3ff0454
 def rank_tensors(
@@ -107,9 +108,9 @@ def resize_adapters(
 def forget_best(
     learn:Learner # Whose callbacks are looked through
 ):
-    "Let `SaveModelCallback` and `KeepBest` look for the best epoch anew: weights of other ranks could not be loaded at the end"
+    "Let `SaveModelCallback`, `KeepBest` and `EMA` start anew: weights of other ranks can be neither loaded nor averaged with"
     for cb in learn.cbs:
-        if isinstance(cb, KeepBest): cb.forget()
+        if isinstance(cb, (KeepBest,EMA)): cb.forget()
         if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp is np.less else -math.inf
 
 # %% ../../nbs/52_schedules.ipynb #fc9e1117
