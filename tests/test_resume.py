@@ -1,6 +1,7 @@
 "A run that was stopped goes on to the same result, and its folder can be loaded at any moment"
 import errno, multiprocessing, os, random, shutil, signal, time
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
@@ -24,13 +25,20 @@ ASKED = dict(data='digits', epochs=2, limit='128,32,32', budget=36, score_batche
 @pytest.fixture(scope='module')
 def images(): return load_images('digits', limit='64,32,32')
 
-def made(images, method, **kwargs):
-    "A Learner, the same at every call"
+def model_and_dls(images):
     torch.manual_seed(0)
     model = create_backbone('vit_pico', len(images.vocab))
-    dls = get_dls(images, **image_config(model), bs=16, flip=True)
-    plan = method if method in ('head','full') else plan_model(model, dls, method, budget=36, score_batches=1, score_bs=16, progress=False, dropout=.1)
-    return fclora_learner(dls, model, plan, recipe(epochs=3, cutmix=1.), **kwargs)
+    return model,get_dls(images, **image_config(model), bs=16, flip=True)
+
+@cache
+def plan_of(images, method):
+    if method in ('head','full'): return method
+    return plan_model(*model_and_dls(images), method, budget=36, score_batches=1, score_bs=16, progress=False, dropout=.1)
+
+def made(images, method, **options):
+    "A Learner, the same at every call"
+    model,dls = model_and_dls(images)
+    return fclora_learner(dls, model, plan_of(images, method), recipe(epochs=3, cutmix=1., **options))
 
 def fit(learn, *cbs):
     with ExitStack() as stack:
@@ -46,14 +54,13 @@ def same(a, b):
     assert a['losses']==b['losses'] and a['best']==b['best'] and a['weights'].keys()==b['weights'].keys()
     for k in a['weights']: assert torch.equal(a['weights'][k], b['weights'][k]), k
 
-@pytest.mark.parametrize('method', ['fclora','full','head','adalora','cut','fora'])
-def test_the_weights_are_those_of_a_training_that_was_never_stopped(images, tmp_path, method, one_thread):
-    straight = fit(made(images, method))
-    for step in (3, 4, 7, 11): # of 12; 4 is the last of an epoch
-        shutil.rmtree(tmp_path/'c', ignore_errors=True)
-        stopped(made(images, method), tmp_path/'c', step)
-        assert last_checkpoint(tmp_path/'c')['train_iter']==step
-        same(fit(made(images, method), Checkpoints(tmp_path/'c')), straight)
+@pytest.mark.parametrize('method,options', [('fclora',{}), ('fclora',dict(ema=.9)), ('full',{}), ('head',{}), ('adalora',{}), ('cut',{}), ('fora',{})])
+def test_the_weights_are_those_of_a_training_that_was_never_stopped(images, tmp_path, method, options, one_thread):
+    straight = fit(made(images, method, **options))
+    for step in (4, 10): # of 12; 4 is the last of an epoch
+        stopped(made(images, method, **options), tmp_path/str(step), step)
+        assert last_checkpoint(tmp_path/str(step))['train_iter']==step
+        same(fit(made(images, method, **options), Checkpoints(tmp_path/str(step))), straight)
 
 def test_stopped_twice(images, tmp_path, one_thread):
     straight = fit(made(images, 'fclora'))
