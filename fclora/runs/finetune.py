@@ -35,6 +35,7 @@ from ..report.tables import *
 from ..report.page import *
 from .run import *
 from .folder import *
+from .asked import *
 from .prepare import *
 
 # %% ../../nbs/76_finetune.ipynb #aa09aeb6
@@ -68,9 +69,9 @@ def new_job(
     **options # Of `prepare`, `plan_model` and `recipe`
 )->Job:
     "Check what can be checked before anything is loaded"
-    given = given_plan(plan, options) if plan else None
-    if given: method = given.method
-    else: check_method(method)
+    given = given_plan(plan, dict(options, method=method)) if plan else None
+    method = given.method if given else method
+    check_asked(data, method, dict(options, seed=seed), given)
     rcp = recipe_for(method, options)
     return Job(str(data), method, rcp, new_folder(out, f'{Path(data).name}-{method}', force), seed, quiet, given, options)
 

@@ -9,12 +9,10 @@ will happen (`forecast_text`), a folder that is not in use (`new_folder`), and w
 
 # %% auto #0
 __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepare', 'print_profile', 'score', 'recipe_for',
-           'given_plan', 'check_method', 'rank_price', 'budget_text', 'forecast_text', 'new_folder', 'clear_run',
-           'peak_memory', 'hardware']
+           'rank_price', 'budget_text', 'forecast_text', 'new_folder', 'clear_run', 'peak_memory', 'hardware']
 
 # %% ../../nbs/72_prepare.ipynb #de964e0f
 import os,platform,resource,sys
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 import timm, torch
@@ -38,6 +36,8 @@ from ..lora import *
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..plan import *
 from ..presets import *
 from ..data.sources import *
@@ -49,6 +49,7 @@ from ..probes.depth import *
 from ..train.recipe import *
 from .run import *
 from .folder import *
+from .asked import *
 
 # %% ../../nbs/72_prepare.ipynb #2a630a4a
 def check_source(
@@ -104,6 +105,7 @@ def prepare(
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
+    check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(valid_pct=valid_pct, test_pct=test_pct, seed=seed, limit=limit, skip_bad=skip_bad, classes=classes)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
@@ -139,6 +141,8 @@ def score(
 )->Plan:
     "Score every site and allocate the budget, without training"
     preset(method)
+    check_asked(data, method, dict(kwargs, batch_size=batch_size, seed=seed))
+    check_out_file(out)
     _,dls,net,about = prepare(data, seed=seed, quiet=quiet, bs=batch_size, **pick(prepare, kwargs))
     if head=='probe': soft_start(net, dls, '' if quiet else 'features', kwargs.get('precision', 'auto'))
     wanted = dict(pick(plan_model, kwargs, ['model']), name=about['model']['name'], seed=seed, progress=not quiet)
@@ -158,23 +162,6 @@ def recipe_for(
     given = {k:v for k,v in pick(recipe, options).items() if v is not None}
     preset = presets[method].recipe if method in presets else {}
     return recipe(**{**preset, **given, 'base':options.get('recipe') or 'auto'})
-
-# %% ../../nbs/72_prepare.ipynb #4849139c
-def given_plan(
-    path, # Plan file
-    options:dict # Of `plan_model`; those that say how adapters are built change the Plan
-)->Plan:
-    "The Plan in a file, with adapter, initialisation, scaling and dropout as the options say"
-    changes = {k:options[k] for k in ('adapter','init','lora_alpha','scaling','dropout') if options.get(k) is not None}
-    if options.get('rslora') is not None: changes['scaling'] = 'sqrt' if options['rslora'] else 'rank'
-    return replace(Plan.load(path), **changes)
-
-# %% ../../nbs/72_prepare.ipynb #dc95a665
-def check_method(
-    method:str # Asked for
-):
-    "Raise unless `method` is a preset or a regime"
-    if method not in methods_known(): raise ValueError(f"unknown method {method!r}; there are {', '.join(methods_known())}")
 
 # %% ../../nbs/72_prepare.ipynb #fda1612f
 def rank_price(
@@ -231,9 +218,11 @@ def new_folder(
     force:bool=False # May the folder hold an old run, to be replaced?
 )->Path:
     "A folder for a run; nothing is removed yet"
+    if out is None: check_out_folder(run_root)
     if out is None: return next(p for i in range(1, 10**6) if not (p := Path(run_root)/f'{stem}-{i}').exists())
     out = Path(out)
     if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
+    check_out_folder(out)
     if not force and out.is_dir() and any(out.iterdir()):
         raise ValueError(f'--out {out} is not empty; name another folder, or replace the run in it with --force')
     return out
