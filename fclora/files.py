@@ -53,7 +53,7 @@ def write_json(
 ):
     "Write `obj` to `path`, whole or not at all"
     text = json.dumps(_finite(obj), indent=1, ensure_ascii=False)
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 # %% ../nbs/08_files.ipynb #46c8dd20
 def sha256(

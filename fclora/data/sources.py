@@ -8,10 +8,10 @@ broken or ambiguous is one clear error."""
 
 # %% auto #0
 __all__ = ['data_sets', 'digits_images', 'cifar_images', 'class_files', 'find_splits', 'check_counts', 'check_classes',
-           'parse_slice', 'pick_classes', 'class_splits', 'decode_all', 'drop_bad', 'split_notes', 'list_files',
-           'folder_images', 'unknown_source', 'load_images']
+           'check_vocab', 'each_once', 'parse_slice', 'pick_classes', 'class_splits', 'decode_all', 'drop_bad',
+           'split_notes', 'list_files', 'folder_images', 'unknown_source', 'load_images']
 
-# %% ../../nbs/42_sources.ipynb #840bcfd0
+# %% ../../nbs/42_sources.ipynb #8ebf55fe
 import numpy as np, torch
 from difflib import get_close_matches
 from functools import partial
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from fastcore.basics import first
 from fastcore.meta import delegates
 from fastcore.xdg import xdg_cache_home
+from ..checks import *
 from .images import *
+from .walk import *
 from .pixels import *
 
 # %% ../../nbs/42_sources.ipynb #b16eb4c1
@@ -111,6 +113,30 @@ def check_classes(
         if diff:
             raise ValueError(f"class folders of {path} differ, {'; '.join(diff)}: rename or remove folders until they agree")
 
+# %% ../../nbs/42_sources.ipynb #9a7571db
+def check_vocab(
+    classes, # Names of classes
+    path # Where they are from, for the messages
+):
+    "Raise on names that cannot be written down, before anything is trained that could not be saved"
+    if odd := [ascii(o) for o in classes if not is_text(o)]:
+        raise ValueError(f'classes of {path} have names with control characters, or that are not UTF-8: {name_some(odd)}; rename them')
+
+# %% ../../nbs/42_sources.ipynb #238f3e44
+def each_once(
+    splits:dict # {split: {class: files}}
+)->dict: # The same without second names of a file
+    "Take every real file once; one that stands under two classes, or in two splits, is an error"
+    places = {} # {file: its split, class and path}
+    for k,classes in splits.items():
+        for c,fs in classes.items():
+            for f in fs:
+                split,label,other = places.setdefault(file_key(f), (k,c,f))
+                if label!=c: raise ValueError(f"{f} and {other} are one file, under two classes: '{c}' and '{label}'")
+                if split!=k: raise ValueError(f'{f} and {other} are one file, and so in both {k} and {split}')
+    kept = {f for _,_,f in places.values()}
+    return {k:{c:[f for f in fs if f in kept] for c,fs in classes.items()} for k,classes in splits.items()}
+
 # %% ../../nbs/42_sources.ipynb #6d1102b3
 def parse_slice(
     text:str # Such as ::2 or :10
@@ -135,13 +161,14 @@ def pick_classes(
                          f'such as ::2 or :10, got {classes!r}')
     return res
 
-# %% ../../nbs/42_sources.ipynb #70030cff
+# %% ../../nbs/42_sources.ipynb #c9e44a4d
 def class_splits(
     path:Path, # Folder in one of the two layouts
     classes:str=None # Python slice of the sorted class names; default all
 )->dict: # {split: {class: files}}
-    "Image files of the chosen classes, after both checks"
-    splits = find_splits(path)
+    "Image files of the chosen classes, after all checks"
+    splits = each_once(find_splits(path))
+    check_vocab(splits['train'], path)
     check_counts(splits, path)
     check_classes(splits, path)
     vocab = pick_classes(splits['train'], classes)

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
 from ..files import *
+from ..outputs import *
 from ..data.images import *
 from ..data.pixels import *
 from ..data.loaders import *
@@ -107,6 +108,7 @@ def export(
     suffix,f = export_formats[format]
     if Path(out).suffix!=suffix: raise ValueError(f'a file of --format {format} must end in {suffix}, got {out}')
     if Path(out).exists() and not force: raise ValueError(f'{out} exists; name another file, or replace it with --force')
+    check_out_file(out)
     given = pick(f, dict(data=data, data_root=data_root, skip_bad=skip_bad))
     res = f(run, out, calibrated, probs, checkpoint=checkpoint, **given)
     if format=='onnx-int8': print(res.round(4).to_string())

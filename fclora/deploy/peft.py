@@ -25,6 +25,7 @@ from ..lora import *
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
 from ..plan import *
 from ..runs.folder import *
 from .hub import *
@@ -253,6 +254,7 @@ def export_peft(
     "Write the adapters of a run in PEFT's format"
     if Path(out).is_dir() and any(Path(out).iterdir()) and not force:
         raise ValueError(f'{out} is not empty; name another folder, or give --force')
+    check_out_folder(out)
     cfg = read_config(run)
     save_peft(run, out, checkpoint=checkpoint)
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'

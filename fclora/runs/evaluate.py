@@ -9,10 +9,11 @@ with or on images from elsewhere. `images_to_test` finds them."""
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
 # %% ../../nbs/79_evaluate.ipynb #73816f25
-import sys
 from pathlib import Path
 import torch
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..data.images import *
 from ..data.sources import *
 from ..data.loaders import *
@@ -87,11 +88,12 @@ def evaluate(
     quiet:bool=False # Print only the result
 )->dict: # As `calibration_table`
     "Accuracy and calibration of a run on test images"
+    check_ranges(batch_size=batch_size)
+    check_out_file(out)
     model,config = load_model(run, checkpoint, compute_device(device))
     images = images_to_test(data, config, skip_bad, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
-    if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
-    res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)
+    res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), usable_T(config, run))
     if out: write_json(out, res)
     for name,text in evaluation_rows(res).items(): print(f'{name:<18}{text}')
     return res

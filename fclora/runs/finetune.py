@@ -9,7 +9,7 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #6837b6d9
+# %% ../../nbs/76_finetune.ipynb #460e13fe
 import sys,time,warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,6 +35,7 @@ from ..report.tables import *
 from ..report.page import *
 from .run import *
 from .folder import *
+from .asked import *
 from .prepare import *
 from .claim import *
 from .job import *
@@ -194,7 +195,8 @@ def measurements(self:Job,
     return dict(
         method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
-        resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
+        resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test,
+        peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
 # %% ../../nbs/76_finetune.ipynb #d43b511d

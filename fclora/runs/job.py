@@ -59,9 +59,9 @@ def new_job(
     "Check what can be checked before anything is loaded"
     asked = dict(data=str(data), method=method, plan=plan, seed=seed, **options)
     if goes_on: check_same_options(out, asked)
-    given = given_plan(plan, options) if plan else None
-    if given: method = given.method
-    else: check_method(method)
+    given = given_plan(plan, dict(options, method=method)) if plan else None
+    method = given.method if given else method
+    check_asked(data, method, dict(options, seed=seed), given)
     rcp = recipe_for(method, options)
     folder = Path(out) if goes_on else new_folder(out, f'{Path(data).name}-{method}', force)
     return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes)

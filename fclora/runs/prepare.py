@@ -9,12 +9,11 @@ will happen (`forecast_text`), a folder that is not in use (`new_folder`), and w
 
 # %% auto #0
 __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepare', 'print_profile', 'score', 'recipe_for',
-           'given_plan', 'check_method', 'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder',
-           'clear_run', 'peak_memory', 'hardware']
+           'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'peak_memory',
+           'hardware']
 
-# %% ../../nbs/72_prepare.ipynb #de964e0f
+# %% ../../nbs/72_prepare.ipynb #144eed94
 import os,platform,resource,sys
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 import timm, torch
@@ -38,6 +37,8 @@ from ..lora import *
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..plan import *
 from ..presets import *
 from ..data.sources import *
@@ -50,6 +51,7 @@ from ..train.recipe import *
 from ..train.ema import *
 from .run import *
 from .folder import *
+from .asked import *
 
 # %% ../../nbs/72_prepare.ipynb #2a630a4a
 def check_source(
@@ -105,6 +107,7 @@ def prepare(
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
+    check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(valid_pct=valid_pct, test_pct=test_pct, seed=seed, limit=limit, skip_bad=skip_bad, classes=classes)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
@@ -140,6 +143,8 @@ def score(
 )->Plan:
     "Score every site and allocate the budget, without training"
     preset(method)
+    check_asked(data, method, dict(kwargs, batch_size=batch_size, seed=seed))
+    check_out_file(out)
     _,dls,net,about = prepare(data, seed=seed, quiet=quiet, bs=batch_size, **pick(prepare, kwargs))
     if head=='probe': soft_start(net, dls, '' if quiet else 'features', kwargs.get('precision', 'auto'))
     wanted = dict(pick(plan_model, kwargs, ['model']), name=about['model']['name'], seed=seed, progress=not quiet)
@@ -160,23 +165,6 @@ def recipe_for(
     preset = presets[method].recipe if method in presets else {}
     if method in presets: check_ema(given.get('ema'), options.get('adapter') or presets[method].adapter)
     return recipe(**{**preset, **given, 'base':options.get('recipe') or 'auto'})
-
-# %% ../../nbs/72_prepare.ipynb #4849139c
-def given_plan(
-    path, # Plan file
-    options:dict # Of `plan_model`; those that say how adapters are built change the Plan
-)->Plan:
-    "The Plan in a file, with adapter, initialisation, scaling and dropout as the options say"
-    changes = {k:options[k] for k in ('adapter','init','lora_alpha','scaling','dropout') if options.get(k) is not None}
-    if options.get('rslora') is not None: changes['scaling'] = 'sqrt' if options['rslora'] else 'rank'
-    return replace(Plan.load(path), **changes)
-
-# %% ../../nbs/72_prepare.ipynb #dc95a665
-def check_method(
-    method:str # Asked for
-):
-    "Raise unless `method` is a preset or a regime"
-    if method not in methods_known(): raise ValueError(f"unknown method {method!r}; there are {', '.join(methods_known())}")
 
 # %% ../../nbs/72_prepare.ipynb #fda1612f
 def rank_price(
@@ -224,7 +212,7 @@ def forecast_text(
     return (f"{name} ({n['total']:,} parameters) on {images!r}\n"
             f"{method}: trains {trains}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}")
 
-# %% ../../nbs/72_prepare.ipynb #baf68509
+# %% ../../nbs/72_prepare.ipynb #7779a8d2
 run_root = 'runs'
 
 def numbered_folder(
@@ -243,9 +231,11 @@ def new_folder(
     force:bool=False # May the folder hold an old run, to be replaced?
 )->Path:
     "A folder for a run, made if it has a number; nothing is removed yet"
+    if out is None: check_out_folder(run_root)
     if out is None: return numbered_folder(stem)
     out = Path(out)
     if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
+    check_out_folder(out)
     if force or not out.is_dir() or not any(o.name!='.lock' for o in out.iterdir()): return out
     if (out/'options.json').is_file(): what = f'holds a run that was stopped; go on with it by fclora resume {out}'
     else: what = 'is not empty; name another folder'

@@ -11,8 +11,10 @@ the model and the number of steps. `recipe(base='paper')` is the papers' own. Wh
 __all__ = ['bases', 'cutmix_from', 'recipe', 'check_recipe', 'model_width', 'default_cutmix', 'complete_recipe']
 
 # %% ../../nbs/50_recipe.ipynb #d7624137
+from inspect import signature
 from torch import nn
 from ..sites import *
+from ..ranges import *
 from ..precision import *
 
 # %% ../../nbs/50_recipe.ipynb #62ff3c8b
@@ -46,17 +48,14 @@ def recipe(
                  patience=patience, ema=ema, precision=precision)
     return check_recipe(given | {k:v for k,v in bases[base].items() if given[k] is None})
 
-# %% ../../nbs/50_recipe.ipynb #3be3424c
+# %% ../../nbs/50_recipe.ipynb #cbc50467
 def check_recipe(
     rcp:dict # From `recipe`, perhaps changed since
 )->dict: # `rcp`
     "Raise where a value of `rcp` is out of range"
-    least = dict(epochs=1, minutes=.01, batch_size=2, lr=0, b_ratio=0, head_lr=0, wd=0, cutmix=0, clip=0, head_std=0, patience=0)
-    for k,low in least.items():
-        if rcp[k] is None and k in ('epochs','minutes','lr','head_lr','cutmix'): continue
-        if not rcp[k]>=low: raise ValueError(f'{k} must be at least {low}, got {rcp[k]}')
-    for k in ('smoothing','pct_start','ema'):
-        if not 0<=rcp[k]<1: raise ValueError(f'{k} must be at least 0 and below 1, got {rcp[k]}')
+    for k,p in signature(recipe).parameters.items():
+        if rcp.get(k, p.default) is None and p.default is not None: raise ValueError(f'the recipe needs a value for {k}')
+    check_ranges(**rcp)
     choices = dict(schedule=('cosine','onecycle'), head=('probe','fresh'), keep=('best','last'), precision=precisions)
     for k,known in choices.items():
         if rcp[k] not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {rcp[k]!r}")
