@@ -49,9 +49,10 @@ def as_rgb(
 
 # %% ../../nbs/41_pixels.ipynb #56ca9795
 def read_image(
-    path # Image file, or a picture that is already open
+    path # Image file, a picture that is already open, or a function that opens one
 )->Image.Image:
     "RGB image of a file, or of an image that is open already; a truncated one raises"
+    path = path() if callable(path) else path
     if isinstance(path, Image.Image): return as_rgb(path)
     with Image.open(path) as img: return as_rgb(img)
 
@@ -97,7 +98,7 @@ def why_unreadable(
 
 # %% ../../nbs/41_pixels.ipynb #04110cfe
 def decode(
-    path, # Image file, or a picture that is already open
+    path, # As for `read_image`
     size:int=None, # Largest side to keep; default all pixels
     interpolation:str='bicubic' # For reducing larger images
 )->tuple: # (pixels, None), or (None, reason)

@@ -10,7 +10,6 @@ __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_row
 
 # %% ../../nbs/79_evaluate.ipynb #73816f25
 import sys
-from pathlib import Path
 import torch
 from ..files import *
 from ..data.images import *
@@ -39,6 +38,7 @@ def all_images(
     "Test on every image, where there is no test set of its own"
     items,targs = zip(images.train, images.valid, images.test)
     images.test = torch.cat(items) if isinstance(items[0], torch.Tensor) else sum(items, []),torch.cat(targs)
+    if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 
 # %% ../../nbs/79_evaluate.ipynb #33b16b08
@@ -51,12 +51,13 @@ def images_to_test(
     "The run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==config['data']['source']
     split = config['data'] if own else {}
-    picked = {k:split[k] for k in ('valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked = {k:split[k] for k in ('images','label_column','valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked |= {k:v for k,v in kwargs.items() if v is not None}
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
-    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked, **kwargs)
+    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked)
     check_same_classes(images.vocab, config['classes'])
-    has_test = own or not Path(source).is_dir() or 'test' in find_splits(Path(source))
+    has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
 
 # %% ../../nbs/79_evaluate.ipynb #f567e53e
@@ -77,7 +78,8 @@ def evaluation_rows(
 # %% ../../nbs/79_evaluate.ipynb #556f9708
 def evaluate(
     run:str, # Run folder
-    data:str=None, # Data set or folder; the run's own test split by default
+    data:str=None, # Data set, folder or table; the run's own test split by default
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
     checkpoint:str=None, # Local base weights, if the run was trained on such
     batch_size:int=128, # Images a batch
     out:str=None, # JSON file for the numbers
@@ -88,7 +90,7 @@ def evaluate(
 )->dict: # As `calibration_table`
     "Accuracy and calibration of a run on test images"
     model,config = load_model(run, checkpoint, compute_device(device))
-    images = images_to_test(data, config, skip_bad, data_root=data_root, progress=not quiet)
+    images = images_to_test(data, config, skip_bad, images=images, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
     if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
     res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)

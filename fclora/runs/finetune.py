@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..adapt import *
 from ..files import *
+from ..data.sources import *
 from ..plan import *
 from ..presets import *
 from ..planning import *
@@ -69,10 +70,9 @@ def new_job(
 )->Job:
     "Check what can be checked before anything is loaded"
     given = given_plan(plan, options) if plan else None
-    if given: method = given.method
-    else: check_method(method)
+    method = given.method if given else check_method(method)
     rcp = recipe_for(method, options)
-    return Job(str(data), method, rcp, new_folder(out, f'{Path(data).name}-{method}', force), seed, quiet, given, options)
+    return Job(str(data), method, rcp, new_folder(out, f'{data_name(data)}-{method}', force), seed, quiet, given, options)
 
 # %% ../../nbs/76_finetune.ipynb #f8dfe165
 @patch
@@ -269,7 +269,7 @@ def report(self:Job,
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
 def finetune(
-    data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
+    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
     plan:str=None, # Plan file to use instead of scoring
     recipe:str='auto', # What is not given of the training recipe: auto, or paper (fresh head, CutMix always, last epoch)

@@ -83,7 +83,7 @@ def data_config(
 
 # %% ../../nbs/72_prepare.ipynb #1a562065
 def prepare(
-    data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
+    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
@@ -99,13 +99,16 @@ def prepare(
     seed:int=0, # Of the split, the head, the adapters, the batches
     bs:int=32, # Batch size
     head_std:float=.02, # Standard deviation of the fresh head's weights
-    classes:str=None, # Slice of a folder's sorted class names, such as ::2 for every other; all
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
+    label_column:str=None, # Column of a table or dataset with the label, where it cannot be told
+    classes:str=None, # Slice of the sorted class names, such as ::2 for every other; all
     limit:str=None, # Most images of train, valid and test, such as 2000,500,3000; all
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
     name = check_source(model or default_model(data), pretrained, checkpoint)
-    split = dict(valid_pct=valid_pct, test_pct=test_pct, seed=seed, limit=limit, skip_bad=skip_bad, classes=classes)
+    split = dict(images=images, label_column=label_column, classes=classes, valid_pct=valid_pct, test_pct=test_pct, seed=seed,
+                 limit=limit, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
@@ -172,9 +175,10 @@ def given_plan(
 # %% ../../nbs/72_prepare.ipynb #dc95a665
 def check_method(
     method:str # Asked for
-):
+)->str: # `method`
     "Raise unless `method` is a preset or a regime"
     if method not in methods_known(): raise ValueError(f"unknown method {method!r}; there are {', '.join(methods_known())}")
+    return method
 
 # %% ../../nbs/72_prepare.ipynb #fda1612f
 def rank_price(

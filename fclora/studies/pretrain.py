@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from ..files import *
+from ..data.images import *
 from ..data.pixels import *
 from ..data.sources import *
 from ..backbones import *
