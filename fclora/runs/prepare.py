@@ -13,7 +13,7 @@ __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepa
            'peak_memory', 'hardware']
 
 # %% ../../nbs/72_prepare.ipynb #de964e0f
-import os,platform,resource,sys
+import os,platform,resource,sys,warnings
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -46,6 +46,7 @@ from ..backbones import *
 from ..planning import *
 from ..probes.start import *
 from ..probes.depth import *
+from ..train.imbalance import *
 from ..train.recipe import *
 from .run import *
 from .folder import *
@@ -110,6 +111,7 @@ def prepare(
     split = dict(images=images, label_column=label_column, classes=classes, valid_pct=valid_pct, test_pct=test_pct, seed=seed,
                  limit=limit, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
