@@ -4,8 +4,6 @@ from functools import partial
 import datasets, numpy as np, pytest, torch
 from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
-from conftest import QUICK
-from fclora.cli import main
 from fclora.data.labels import path_inside, read_labels
 from fclora.data.loaders import get_dls
 from fclora.data.sources import load_images

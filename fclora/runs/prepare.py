@@ -42,6 +42,7 @@ from ..plan import *
 from ..presets import *
 from ..data.sources import *
 from ..data.loaders import *
+from ..data.duplicates import *
 from ..backbones import *
 from ..planning import *
 from ..probes.start import *
@@ -220,12 +221,12 @@ def forecast_text(
     plan:Plan=None, # Given
     options:dict=None # Of `plan_model`
 )->str:
-    "Two lines that say what will happen"
+    "Three lines that say what will happen, and on what"
     n,heads = count_params(model),' and '.join(head_names(model))
     if method=='full': trains = f"all {n['total']:,} parameters"
     elif method=='head': trains = f"the {heads} alone ({n['head']:,} parameters)"
     else: trains = f"{budget_text(model, method, plan, options)} and the {heads} ({n['head']:,} parameters)"
-    return (f"{name} ({n['total']:,} parameters) on {images!r}\n"
+    return (f"{name} ({n['total']:,} parameters) on {images!r}\n{quick_look(images)}\n"
             f"{method}: trains {trains}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}")
 
 # %% ../../nbs/72_prepare.ipynb #baf68509
