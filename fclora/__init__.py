@@ -16,10 +16,14 @@ Modules:
 - `fclora.calibration.temperature`: One temperature so that confidence means accuracy
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
+- `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
+- `fclora.data.hf`: A dataset saved on disk, or one of the Hub by its name, as rows of images and labels
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
+- `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
-- `fclora.data.sources`: Digits, CIFAR or a folder of images, every file checked before hours are spent
+- `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
 - `fclora.data.walk`: The files below a folder, whatever links lie in between, and every real one once
 - `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
 - `fclora.deploy.demo`: A page on this machine that classifies the picture dropped on it
@@ -45,6 +49,7 @@ Modules:
 - `fclora.probes.features`: What the frozen backbone hands to its head, for every image, computed once
 - `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
+- `fclora.probes.suspects`: Images whose label a probe contradicts with confidence, though it has seen all the others
 - `fclora.ranges`: The lowest and the highest value of every numeric option, in one table
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
@@ -52,6 +57,7 @@ Modules:
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
 - `fclora.runs.asked`: Options that cannot be, or that contradict one another, before an image is read
+- `fclora.runs.check`: What is wrong with a set of images before anything is trained, as a table and a page with the pictures
 - `fclora.runs.claim`: One process at a time, the old run until the new one is done, and all that is needed to go on after a stop
 - `fclora.runs.compare`: Several methods, several seeds, one table
 - `fclora.runs.config`: What a run's description may hold, field by field, and the digest that notices a change
@@ -94,6 +100,7 @@ Modules:
 - `fclora.train.checkpoint`: Stop a training at any step and go on later, to the same weights bit for bit
 - `fclora.train.ema`: A moving average of the weights that train, which is what is validated, kept and tested
 - `fclora.train.fallback`: Where training has not helped, the linear probe is the result
+- `fclora.train.imbalance`: Weights for rare classes in the training loss, and a sampler that shows every class equally often
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image
 - `fclora.train.minutes`: As many epochs as fit in the minutes that there are, and a schedule that comes to its end

@@ -12,6 +12,7 @@ __all__ = ['check_level', 'ece_floor', 'bootstrap_gaps', 'ece_interval', 'plain_
 # %% ../../nbs/62_intervals.ipynb #3b47596d
 import math
 import numpy as np
+from sklearn.metrics import f1_score
 from torch import Tensor
 from .temperature import *
 from .ece import *
@@ -106,6 +107,7 @@ def calibration_table(
     accs = accs[~accs.isnan()]
     res = dict(n=len(y), T=float(T), n_bins=int(n_bins), accuracy=top1(x, y))
     res.update(class_acc_mean=accs.mean().item(), class_acc_std=accs.std(correction=0).item())
+    res.update(balanced_accuracy=res['class_acc_mean'], macro_f1=float(f1_score(y, x.argmax(1), average='macro', zero_division=0)))
     for suffix,t in (('_raw',1.), ('',T)):
         for f in (nll,brier): res[f.__name__+suffix] = f(x, y, t)
         for f in (ece,adaptive_ece,classwise_ece,mce): res[f.__name__+suffix] = f(x, y, t, n_bins)

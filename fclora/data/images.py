@@ -8,7 +8,7 @@ keeps only a part of each split when `limit` says so."""
 
 # %% auto #0
 __all__ = ['held_counts', 'stratified_split', 'Images', 'split_rows', 'parse_limit', 'limit_shares', 'limit_classes',
-           'limit_splits', 'limit_rows', 'split_images']
+           'limit_splits', 'parse_slice', 'pick_classes', 'limit_rows', 'split_images']
 
 # %% ../../nbs/40_images.ipynb #33c56934
 import numpy as np, torch
@@ -58,6 +58,8 @@ class Images:
     skipped:list=field(default_factory=list) # (path, reason) of files left out
     notes:list=field(default_factory=list) # What was decided while reading
     resized:tuple=None # (size, interpolation) when pixels were resized while reading
+    files:dict=None # {split: where each of its images is from}, when they are from files
+    made:list=field(default_factory=list) # Splits that were taken from others
     @property
     def splits(self): return dict(train=self.train, valid=self.valid, test=self.test)
     def __repr__(self):
@@ -129,6 +131,30 @@ def limit_splits(
     most['train'] += sum(most[k] for k in ('valid','test') if k not in splits)
     return {k:limit_classes(classes, most[k], k, seed) for k,classes in splits.items()}
 
+# %% ../../nbs/40_images.ipynb #f2b22744
+def parse_slice(
+    text:str # Such as ::2 or :10
+)->slice:
+    "The Python slice that `text` writes"
+    parts = str(text).split(':')
+    if not 2<=len(parts)<=3: raise ValueError(f'a slice has one or two colons, got {text!r}')
+    return slice(*[int(o) if o.strip() else None for o in parts])
+
+# %% ../../nbs/40_images.ipynb #f21ec74b
+def pick_classes(
+    names:list, # Sorted class names
+    classes:str=None # Python slice such as ::2 or :10; default all
+)->list: # At least two of `names`
+    "The class names that a slice selects"
+    names = list(names)
+    if not classes: return names
+    try: res = names[parse_slice(classes)]
+    except ValueError: res = []
+    if len(res)<2:
+        raise ValueError(f'classes must be a slice that keeps at least two of the {len(names)} classes, '
+                         f'such as ::2 or :10, got {classes!r}')
+    return res
+
 # %% ../../nbs/40_images.ipynb #4c2ca769
 def limit_rows(
     targs, # (n,) class of each item
@@ -153,10 +179,11 @@ def split_images(
     test_pct:float=.2, # Share of training rows for testing, taken off first, when there are none
     seed:int=0, # Of both splits
     limit=None, # Most images of each split, as for `parse_limit`; default all
+    files:list=None, # Where each item is from, when it is from a file
     **kwargs # Further fields of `Images`
 )->Images: # Training, validation and test images
     "Set test and validation rows aside where they are missing, and take the items"
-    targs = np.asarray(targs)
+    targs,made = np.asarray(targs),[k for k in ('valid','test') if k not in rows]
     if limit:
         limit = parse_limit(limit)
         rows = limit_rows(targs, rows, limit, seed)
@@ -166,4 +193,5 @@ def split_images(
     for k in ('train','valid','test'):
         some = items[rows[k]] if isinstance(items, Tensor) else [items[i] for i in rows[k]]
         res[k] = some,torch.as_tensor(targs[rows[k]], dtype=torch.int64)
-    return Images(name, vocab, **res, **kwargs)
+    files = files and {k:[files[i] for i in o] for k,o in rows.items()}
+    return Images(name, vocab, **res, files=files, made=made, **kwargs)

@@ -110,13 +110,16 @@ class ImageDL(TfmdDL):
         dataset, # `ImageSet`
         seed=0, # Of the order
         num_workers=0, # Processes that decode files; not used for pixels in memory
+        wgts=None, # n chances to be drawn, with replacement, where it shuffles; each image once by default
         **kwargs
     ):
         state = random.getstate()
         super().__init__(dataset, num_workers=0 if dataset.in_memory else num_workers, **kwargs)
         random.setstate(state)
-        self.seed,self.rng = seed,random.Random(seed)
+        self.seed,self.rng,self.wgts = seed,random.Random(seed),wgts
         self.fake_l.generator = torch.Generator().manual_seed(seed)
+    def shuffle_fn(self, idxs):
+        return super().shuffle_fn(idxs) if self.wgts is None else self.rng.choices(idxs, self.wgts, k=len(idxs))
     def create_batches(self, samps):
         for o in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(o)
     def new(self, dataset=None, cls=None, **kwargs):

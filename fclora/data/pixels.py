@@ -80,9 +80,10 @@ def check_picture(
         raise ValueError(f'{img.width:,} x {img.height:,} pixels are more than the {most:,} that are read')
 
 def read_image(
-    path # Image file, or a picture that is already open
+    path # Image file, a picture that is already open, or a function that opens one
 )->Image.Image:
     "RGB image of a file, or of an image that is open already; a truncated one raises"
+    path = path() if callable(path) else path
     if isinstance(path, Image.Image): return as_rgb(path)
     if os.path.exists(path) and not os.path.isfile(path): raise OSError('not a file') # such as a pipe, which might never end
     with Image.open(path, formats=picture_formats()) as img:
@@ -131,7 +132,7 @@ def why_unreadable(
 
 # %% ../../nbs/41_pixels.ipynb #04110cfe
 def decode(
-    path, # Image file, or a picture that is already open
+    path, # As for `read_image`
     size:int=None, # Largest side to keep; default all pixels
     interpolation:str='bicubic' # For reducing larger images
 )->tuple: # (pixels, None), or (None, reason)

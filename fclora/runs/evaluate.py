@@ -8,8 +8,7 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #73816f25
-from pathlib import Path
+# %% ../../nbs/79_evaluate.ipynb #544a76db
 import torch
 from ..files import *
 from ..outputs import *
@@ -19,6 +18,7 @@ from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
 from ..calibration.intervals import *
+from ..report.tables import *
 from .run import *
 from .folder import *
 from .use import *
@@ -40,6 +40,7 @@ def all_images(
     "Test on every image, where there is no test set of its own"
     items,targs = zip(images.train, images.valid, images.test)
     images.test = torch.cat(items) if isinstance(items[0], torch.Tensor) else sum(items, []),torch.cat(targs)
+    if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 
 # %% ../../nbs/79_evaluate.ipynb #33b16b08
@@ -52,12 +53,13 @@ def images_to_test(
     "The run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==config['data']['source']
     split = config['data'] if own else {}
-    picked = {k:split[k] for k in ('valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked = {k:split[k] for k in ('images','label_column','valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked |= {k:v for k,v in kwargs.items() if v is not None}
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
-    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked, **kwargs)
+    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked)
     check_same_classes(images.vocab, config['classes'])
-    has_test = own or not Path(source).is_dir() or 'test' in find_splits(Path(source))
+    has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
 
 # %% ../../nbs/79_evaluate.ipynb #f567e53e
@@ -68,17 +70,18 @@ def evaluation_rows(
     t = table
     return {
         'images':f"{t['n']:,}", 'accuracy':f"{t['accuracy']:.2%}",
-        'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
+        **balance_row(t), 'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
         'NLL raw / scaled':f"{t['nll_raw']:.4f} / {t['nll']:.4f}",
         'ECE raw / scaled':f"{t['ece_raw']:.4f} / {t['ece']:.4f}",
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
         'temperature':f"{t['T']:.3f}"}
 
-# %% ../../nbs/79_evaluate.ipynb #556f9708
+# %% ../../nbs/79_evaluate.ipynb #64b15470
 def evaluate(
     run:str, # Run folder
-    data:str=None, # Data set or folder; the run's own test split by default
+    data:str=None, # Data set, folder or table; the run's own test split by default
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
     checkpoint:str=None, # Local base weights, if the run was trained on such
     batch_size:int=128, # Images a batch
     out:str=None, # JSON file for the numbers
@@ -91,7 +94,7 @@ def evaluate(
     check_ranges(batch_size=batch_size)
     check_out_file(out)
     model,config = load_model(run, checkpoint, compute_device(device))
-    images = images_to_test(data, config, skip_bad, data_root=data_root, progress=not quiet)
+    images = images_to_test(data, config, skip_bad, images=images, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
     res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), usable_T(config, run))
     if out: write_json(out, res)

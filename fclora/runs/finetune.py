@@ -9,7 +9,7 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #460e13fe
+# %% ../../nbs/76_finetune.ipynb #41a17fc2
 import sys,time,warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..adapt import *
 from ..files import *
+from ..data.sources import *
 from ..plan import *
 from ..presets import *
 from ..planning import *
@@ -119,12 +120,12 @@ def settle(self:Job,
 ):
     "Note which epoch was kept; the probe counts as epoch 0, so the result is never worse than it on the validation images"
     self.measured['epoch_kept'] = len(self.history)-len(best.losses)+best.epoch_kept+1
-    if self.look is None or scaled_nll(*self.look.valid)>min(best.losses): return
+    if self.look is None or best.loss(*self.look.valid)>min(best.losses): return
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
-# %% ../../nbs/76_finetune.ipynb #7e4e16fd
+# %% ../../nbs/76_finetune.ipynb #f7e0ce39
 @patch
 def begin(self:Job,
     plan:Plan=None # None for head and full
@@ -140,7 +141,8 @@ def train(self:Job,
     learn # From `fclora_learner`
 ):
     "Train by the recipe and save after every epoch: with bars on a terminal, else with a line an epoch"
-    best = [KeepBest(scaled_nll, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
+    def loss(logits, targs): return scaled_nll(logits, targs, learn.counted)
+    best = [KeepBest(loss, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
     before = trained_state(learn.model) if best and learn.regime=='full' else {}
     bars = sys.stdout.isatty() and not self.quiet
     def keep(status, history):
@@ -225,12 +227,12 @@ def report(self:Job,
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
-# %% ../../nbs/76_finetune.ipynb #a6da6153
+# %% ../../nbs/76_finetune.ipynb #d8f78186
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
 def finetune(
-    data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
+    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
     plan:str=None, # Plan file to use instead of scoring
     recipe:str='auto', # What is not given of the training recipe: auto, or paper (fresh head, CutMix always, last epoch)

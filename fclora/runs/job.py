@@ -63,7 +63,7 @@ def new_job(
     method = given.method if given else method
     check_asked(data, method, dict(options, seed=seed), given)
     rcp = recipe_for(method, options)
-    folder = Path(out) if goes_on else new_folder(out, f'{Path(data).name}-{method}', force)
+    folder = Path(out) if goes_on else new_folder(out, f'{data_name(data)}-{method}', force)
     return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes)
 
 # %% ../../nbs/75a_job.ipynb #12fbf0a7

@@ -12,8 +12,8 @@ __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepa
            'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'peak_memory',
            'hardware']
 
-# %% ../../nbs/72_prepare.ipynb #144eed94
-import os,platform,resource,sys
+# %% ../../nbs/72_prepare.ipynb #969e6c97
+import os,platform,resource,sys,warnings
 from inspect import signature
 from pathlib import Path
 import timm, torch
@@ -43,10 +43,12 @@ from ..plan import *
 from ..presets import *
 from ..data.sources import *
 from ..data.loaders import *
+from ..data.duplicates import *
 from ..backbones import *
 from ..planning import *
 from ..probes.start import *
 from ..probes.depth import *
+from ..train.imbalance import *
 from ..train.recipe import *
 from ..train.ema import *
 from .run import *
@@ -84,9 +86,9 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #1a562065
+# %% ../../nbs/72_prepare.ipynb #aae6d25f
 def prepare(
-    data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
+    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
@@ -102,15 +104,19 @@ def prepare(
     seed:int=0, # Of the split, the head, the adapters, the batches
     bs:int=32, # Batch size
     head_std:float=.02, # Standard deviation of the fresh head's weights
-    classes:str=None, # Slice of a folder's sorted class names, such as ::2 for every other; all
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
+    label_column:str=None, # Column of a table or dataset with the label, where it cannot be told
+    classes:str=None, # Slice of the sorted class names, such as ::2 for every other; all
     limit:str=None, # Most images of train, valid and test, such as 2000,500,3000; all
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
     check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
-    split = dict(valid_pct=valid_pct, test_pct=test_pct, seed=seed, limit=limit, skip_bad=skip_bad, classes=classes)
+    split = dict(images=images, label_column=label_column, classes=classes, valid_pct=valid_pct, test_pct=test_pct, seed=seed,
+                 limit=limit, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
@@ -204,12 +210,12 @@ def forecast_text(
     plan:Plan=None, # Given
     options:dict=None # Of `plan_model`
 )->str:
-    "Two lines that say what will happen"
+    "Three lines that say what will happen, and on what"
     n,heads = count_params(model),' and '.join(head_names(model))
     if method=='full': trains = f"all {n['total']:,} parameters"
     elif method=='head': trains = f"the {heads} alone ({n['head']:,} parameters)"
     else: trains = f"{budget_text(model, method, plan, options)} and the {heads} ({n['head']:,} parameters)"
-    return (f"{name} ({n['total']:,} parameters) on {images!r}\n"
+    return (f"{name} ({n['total']:,} parameters) on {images!r}\n{quick_look(images)}\n"
             f"{method}: trains {trains}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}")
 
 # %% ../../nbs/72_prepare.ipynb #7779a8d2

@@ -11,7 +11,7 @@ was made, and makes one for other images."""
 __all__ = ['vit_tiny32', 'random_crop_flip', 'read_classes', 'cosine_warmup', 'train_step', 'top_k_accuracy', 'save_weights',
            'patches_left_out', 'pretrain']
 
-# %% ../../nbs/studies/05_pretrain.ipynb #6a6e6007
+# %% ../../nbs/studies/05_pretrain.ipynb #91a232ea
 import time
 from pathlib import Path
 import numpy as np, timm, torch
@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 from ..files import *
 from ..outputs import *
 from ..ranges import *
+from ..data.images import *
 from ..data.pixels import *
 from ..data.sources import *
 from ..backbones import *

@@ -23,14 +23,13 @@ from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
-from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
 from torchvision.transforms.functional import to_pil_image
 
-# %% ../../nbs/53_learner.ipynb #01849ca8
+# %% ../../nbs/53_learner.ipynb #4b24bc78
 from ..sites import *
 from ..precision import *
 from ..adapt import *
@@ -38,6 +37,7 @@ from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
 from ..data.loaders import *
+from .imbalance import *
 from .recipe import *
 from .callbacks import *
 from .ema import *
@@ -154,7 +154,7 @@ def recipe_cbs(
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #5e6ae145
+# %% ../../nbs/53_learner.ipynb #4107ed4d
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -165,7 +165,7 @@ def fclora_learner(
     metrics=accuracy, # Shown every epoch
     checkpointing:bool=False, # Recompute every block in the backward pass instead of keeping its activations
     compile:bool=False # Compile the model (`torch.compile`): a minute or more at the start, faster steps on a GPU
-)->FCLoRALearner: # With `plan` (None for a regime), `regime` and `recipe`; train it with `fit_recipe`, or as you like
+)->FCLoRALearner: # With `plan` (None for a regime), `regime`, `recipe` and `counted`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains `model` as `plan` and `rcp` say"
     regime = check_inputs(model, plan)
     rcp = rcp or recipe()
@@ -173,17 +173,19 @@ def fclora_learner(
     schedule = plan_schedules(plan) if regime=='adapters' else []
     if regime=='adapters': check_ema(rcp.get('ema'), plan.adapter)
     rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
+    loss,counted = training_loss(rcp, dls),counted_weights(rcp, dls)
     set_seed(seed)
     make_trainable(model, plan, dls, seed)
+    if rcp.get('balanced'): dls = balanced_dls(dls)
     if checkpointing: recompute_blocks(model)
     if compile: model.compile()
     groups = list(param_groups(model, regime, rcp.get('b_ratio', 1)!=1))
     learn = FCLoRALearner(
-        dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), adamw(dls.device), lr=rcp['lr'],
+        dls, model, loss, adamw(dls.device), lr=rcp['lr'],
         splitter=partial(splitter, regime=regime, groups=groups), wd=[rcp['wd']*decayed for _,decayed in groups],
         cbs=[*recipe_cbs(rcp, model), *schedule, *L(cbs)], metrics=metrics)
     learn.plan,learn.regime = plan if regime=='adapters' else None,regime
-    learn.recipe,learn.groups = rcp,groups
+    learn.recipe,learn.groups,learn.counted = rcp,groups,counted
     return learn
 
 # %% ../../nbs/53_learner.ipynb #fa063ed2

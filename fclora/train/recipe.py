@@ -10,14 +10,15 @@ the model and the number of steps. `recipe(base='paper')` is the papers' own. Wh
 # %% auto #0
 __all__ = ['bases', 'cutmix_from', 'recipe', 'check_recipe', 'model_width', 'default_cutmix', 'complete_recipe']
 
-# %% ../../nbs/50_recipe.ipynb #d7624137
+# %% ../../nbs/50_recipe.ipynb #2ddc5861
 from inspect import signature
 from torch import nn
 from ..sites import *
 from ..ranges import *
 from ..precision import *
+from .imbalance import *
 
-# %% ../../nbs/50_recipe.ipynb #62ff3c8b
+# %% ../../nbs/50_recipe.ipynb #feb9a46d
 bases = dict(auto=dict(head='probe', keep='best'), paper=dict(epochs=10, head='fresh', keep='last', cutmix=1.))
 
 def recipe(
@@ -32,6 +33,8 @@ def recipe(
     pct_start:float=.25, # Share of one-cycle that warms up
     cutmix:float=None, # Beta parameter of CutMix; 0 turns it off; by default from the number of steps
     smoothing:float=.1, # Label smoothing
+    class_weights:str='none', # What an image of a class counts: none, auto (effective number), inverse, effective, or a CSV of label,weight
+    balanced:bool=False, # Draw training images so that each class comes equally often
     clip:float=1., # Largest norm of the gradient; 0 turns clipping off
     head_std:float=.02, # Standard deviation of a fresh head's weights
     head:str=None, # Where the head starts: probe (a soft linear probe of the frozen features) or fresh (random)
@@ -45,10 +48,10 @@ def recipe(
     if base not in bases: raise ValueError(f"recipe must be one of {', '.join(bases)}, got {base!r}")
     given = dict(epochs=epochs, minutes=minutes, batch_size=batch_size, lr=lr, b_ratio=b_ratio, head_lr=head_lr, wd=wd, schedule=schedule,
                  pct_start=pct_start, cutmix=cutmix, smoothing=smoothing, clip=clip, head_std=head_std, head=head, keep=keep,
-                 patience=patience, ema=ema, precision=precision)
+                 patience=patience, ema=ema, precision=precision, class_weights=read_weights(class_weights), balanced=balanced)
     return check_recipe(given | {k:v for k,v in bases[base].items() if given[k] is None})
 
-# %% ../../nbs/50_recipe.ipynb #cbc50467
+# %% ../../nbs/50_recipe.ipynb #b1fecbcb
 def check_recipe(
     rcp:dict # From `recipe`, perhaps changed since
 )->dict: # `rcp`
@@ -60,6 +63,8 @@ def check_recipe(
     for k,known in choices.items():
         if rcp[k] not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {rcp[k]!r}")
     if rcp['patience'] and rcp['keep']=='last': raise ValueError("patience waits for a better epoch, so it needs keep='best', got 'last'")
+    if rcp['balanced'] and rcp['class_weights']!='none':
+        raise ValueError('class_weights and balanced both make up for rare classes; give one of them')
     return rcp
 
 # %% ../../nbs/50_recipe.ipynb #dc052b3d
