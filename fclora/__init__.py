@@ -10,10 +10,15 @@ Modules:
 - `fclora.allocators.controls`: Allocators that a measured allocation has to beat at the same budget
 - `fclora.allocators.waterfill`: Spend a fixed budget of ranks where the scores are highest, exactly
 - `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
+- `fclora.calibration.abstain`: Answer where the model is sure enough, and leave the other images to a person
+- `fclora.calibration.calibrator`: Validation images in two halves: one makes the calibrator, the other what can be promised with it
 - `fclora.calibration.ece`: Samples in bins of equal confidence: how far what they claim lies from what they keep
 - `fclora.calibration.intervals`: The ECE that a perfect model would show, an interval for a measured one, and the table that a run stores
 - `fclora.calibration.reliability`: Confidence against accuracy, before and after the temperature, with the counts beneath
+- `fclora.calibration.sets`: In place of one class, a few that hold the true one in 90 or 95 of 100 images
+- `fclora.calibration.smooth_ece`: A calibration error without bins
 - `fclora.calibration.temperature`: One temperature so that confidence means accuracy
+- `fclora.calibration.vector`: A factor and an offset for every class, where the validation images show that this helps
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
 - `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
@@ -105,6 +110,7 @@ Modules:
 - `fclora.train.logits`: What a model says of every image
 - `fclora.train.minutes`: As many epochs as fit in the minutes that there are, and a schedule that comes to its end
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
-- `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
+- `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away
+- `fclora.train.views`: Test-time augmentation: ask the model several times about one image, and average"""
 
 __version__ = "0.3.0"

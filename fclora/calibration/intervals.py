@@ -9,13 +9,15 @@ after the temperature as plain data for a run folder."""
 # %% auto #0
 __all__ = ['check_level', 'ece_floor', 'bootstrap_gaps', 'ece_interval', 'plain_bins', 'calibration_table']
 
-# %% ../../nbs/62_intervals.ipynb #3b47596d
+# %% ../../nbs/62_intervals.ipynb #ec8394ea
 import math
 import numpy as np
 from sklearn.metrics import f1_score
 from torch import Tensor
 from .temperature import *
+from .vector import *
 from .ece import *
+from .smooth_ece import *
 
 # %% ../../nbs/62_intervals.ipynb #4255380f
 def check_level(
@@ -91,27 +93,30 @@ def plain_bins(
     "The bins as plain numbers, ready for JSON"
     return {name:[None if math.isnan(o) else o for o in col.tolist()] for name,col in table.items()}
 
-# %% ../../nbs/62_intervals.ipynb #a7c5a355
+# %% ../../nbs/62_intervals.ipynb #28ab1692
 def calibration_table(
     logits:Tensor, # (n, c) of samples that `T` was not fitted on
     targs:Tensor, # (n,) class numbers
     T:float, # Temperature
     n_bins:int=15, # Bins of every binned number
     n_boot:int=1000, # Draws for the intervals and the floor
-    seed:int=0 # Of these draws
-)->dict: # Plain numbers; `_raw` is at T=1, the same name without it at `T`
-    "Accuracy and calibration before and after `T`, ready for JSON"
+    seed:int=0, # Of these draws
+    vector:dict=None # From `fit_vector`, where more than a temperature was fitted
+)->dict: # Plain numbers; `_raw` is before the calibrator, the same name without it after
+    "Accuracy and calibration before and after the calibrator, ready for JSON"
     x,y = check_logits(logits, targs, T)
     check_counts(n_bins=n_bins, n_boot=n_boot)
-    accs = class_accuracy(x, y)
+    after,t = (x,T) if vector is None else (calibrated_logits(x, T, vector),1.)
+    accs = class_accuracy(after, y)
     accs = accs[~accs.isnan()]
-    res = dict(n=len(y), T=float(T), n_bins=int(n_bins), accuracy=top1(x, y))
+    res = dict(n=len(y), T=float(T), calibrator='vector' if vector else 'temperature', n_bins=int(n_bins))
+    res.update(accuracy_raw=top1(x, y), accuracy=top1(after, y))
     res.update(class_acc_mean=accs.mean().item(), class_acc_std=accs.std(correction=0).item())
-    res.update(balanced_accuracy=res['class_acc_mean'], macro_f1=float(f1_score(y, x.argmax(1), average='macro', zero_division=0)))
-    for suffix,t in (('_raw',1.), ('',T)):
-        for f in (nll,brier): res[f.__name__+suffix] = f(x, y, t)
-        for f in (ece,adaptive_ece,classwise_ece,mce): res[f.__name__+suffix] = f(x, y, t, n_bins)
-        res['ece_interval'+suffix] = list(ece_interval(x, y, t, n_bins, n_boot, seed=seed))
-        res['bins'+suffix] = plain_bins(reliability(x, y, t, n_bins))
-    res['ece_floor'],res['ece_floor_upper'] = ece_floor(x, T, n_bins, n_boot, seed=seed)
+    res.update(balanced_accuracy=res['class_acc_mean'], macro_f1=float(f1_score(y, after.argmax(1), average='macro', zero_division=0)))
+    for suffix,z,t in (('_raw',x,1.), ('',after,t)):
+        for f in (nll,brier,smooth_ece): res[f.__name__+suffix] = f(z, y, t)
+        for f in (ece,adaptive_ece,classwise_ece,mce): res[f.__name__+suffix] = f(z, y, t, n_bins)
+        res['ece_interval'+suffix] = list(ece_interval(z, y, t, n_bins, n_boot, seed=seed))
+        res['bins'+suffix] = plain_bins(reliability(z, y, t, n_bins))
+    res['ece_floor'],res['ece_floor_upper'] = ece_floor(after, t, n_bins, n_boot, seed=seed)
     return res

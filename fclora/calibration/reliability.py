@@ -40,11 +40,12 @@ def plot_bins(
     table:dict, # From `calibration_table`, perhaps read from a run's metrics
     axs=None # Two axes to draw on; a new figure by default
 ): # The two axes
-    "Reliability before and after `T`, from stored numbers"
+    "Reliability before and after the calibrator, from stored numbers"
     import matplotlib.pyplot as plt
     if axs is None: _,axs = plt.subplots(1, 2, figsize=(7,3.7), sharey=True)
     before = draw_bins(axs[0], table['bins_raw'], f'before, T = 1: ECE {table["ece_raw"]:.3f}')
-    after = draw_bins(axs[1], table['bins'], f'after, T = {table["T"]:.3g}: ECE {table["ece"]:.3f}')
+    how = 'vector' if table.get('calibrator')=='vector' else f'T = {table["T"]:.3g}'
+    after = draw_bins(axs[1], table['bins'], f'after, {how}: ECE {table["ece"]:.3f}')
     axs[0].set_ylabel('accuracy')
     before.set_ylabel('samples')
     axs[1].legend(fontsize='small', loc='upper left')
