@@ -115,7 +115,7 @@ class KeepBest(Callback):
         state:dict # From `state_dict`
     ):
         "Go on looking for the best epoch"
-        self.losses,self.epoch_kept,self.state = state['losses'],state['epoch_kept'],state.get('state')
+        self.losses,self.epoch_kept,self.state = state['losses'],state['epoch_kept'],state['state'] or None
     def forget(self):
         "Start over: the weights kept so far do not fit the model any more"
         self.state = None

@@ -36,7 +36,7 @@ def flat(
 )->dict: # {path: value}
     "The values of dictionaries within dictionaries, each under its path"
     res = {}
-    for k,v in nested.items(): res |= flat(v, f'{path}{k}/') if v and isinstance(v, dict) else {f'{path}{k}':v}
+    for k,v in nested.items(): res |= flat(v, f'{path}{k}/') if isinstance(v, dict) and v else {f'{path}{k}':v}
     return res
 
 def nest(
