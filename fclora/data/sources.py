@@ -262,7 +262,8 @@ def folder_images(
     items = files if pixels is None else torch.stack(pixels)
     resized = (size,interpolation) if pixels is not None and size==items.shape[-1] else None
     notes = split_notes(splits, valid_pct, test_pct, seed, len(bad))
-    return split_images(path.resolve().name, list(splits['train']), items, targs, rows, valid_pct, test_pct, seed,
+    name = path.resolve().name.encode('utf-8', 'backslashreplace').decode('utf-8') # it is printed and stored as text
+    return split_images(name, list(splits['train']), items, targs, rows, valid_pct, test_pct, seed,
                         skipped=bad, notes=notes, resized=resized)
 
 # %% ../../nbs/42_sources.ipynb #a909483f

@@ -219,10 +219,10 @@ def new_folder(
 )->Path:
     "A folder for a run; nothing is removed yet"
     if out is None: check_out_folder(run_root)
+    stem = stem.encode('utf-8', 'replace').decode() # the name of a folder of images need not be text
     if out is None: return next(p for i in range(1, 10**6) if not (p := Path(run_root)/f'{stem}-{i}').exists())
-    out = Path(out)
-    if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
     check_out_folder(out)
+    out = Path(out)
     if not force and out.is_dir() and any(out.iterdir()):
         raise ValueError(f'--out {out} is not empty; name another folder, or replace the run in it with --force')
     return out
