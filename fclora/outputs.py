@@ -27,17 +27,23 @@ def what_forbids(
 )->str: # One line; empty where nothing forbids it
     "Why nothing can be written into the folder `path`"
     try:
+        os.fspath(path).encode('utf-8')
         there = nearest_existing(path)
         if not there.exists(): return f'{there} is a link that leads nowhere'
         if not there.is_dir(): return f'{there} is a file'
-        with tempfile.TemporaryFile(dir=there): return ''
-    except OSError as e: return e.strerror or str(e)
+        with tempfile.TemporaryFile(dir=there): pass
+        os.lstat(path)
+    except UnicodeEncodeError: return 'its name is not UTF-8, and the readers of weights take no other'
+    except FileNotFoundError: pass
+    except OSError as e: return e.strerror or str(e) # rights, a name that is too long, a disk that is full
+    return ''
 
 # %% ../nbs/08a_outputs.ipynb #621d0eb8
 def check_out_folder(
     path # Asked for; None where nothing was
 ):
     "Raise unless a folder can be written at `path`"
+    if path is not None and os.path.isfile(path): raise NotADirectoryError(f'--out {path} is a file; name a folder')
     if path is not None and (why := what_forbids(path)): raise OSError(f'--out {path} cannot be written: {why}')
 
 def check_out_file(

@@ -216,7 +216,7 @@ def read_images(
     return split_images(name, list(splits['train']), items, targs, rows, valid_pct, test_pct, seed,
                         files=files, skipped=bad, notes=notes, resized=resized)
 
-# %% ../../nbs/42_sources.ipynb #e155cb49
+# %% ../../nbs/42_sources.ipynb #6c3dd18f
 @delegates(read_images, but=['splits','name','source','folder'])
 def folder_images(
     path, # Folder in one of the two layouts
@@ -225,7 +225,8 @@ def folder_images(
 )->Images: # All readable images
     "Images of a folder of class folders"
     path = Path(path)
-    return read_images(class_splits(find_splits(path), path, classes), path.resolve().name, path, **kwargs)
+    name = path.resolve().name.encode('utf-8', 'backslashreplace').decode('utf-8') # it is printed and stored as text
+    return read_images(class_splits(find_splits(path), path, classes), name, path, **kwargs)
 
 # %% ../../nbs/42_sources.ipynb #a3592372
 table_suffixes = ('.csv','.tsv','.txt')

@@ -107,8 +107,8 @@ def export(
     if format not in export_formats: raise ValueError(f"--format must be {', '.join(export_formats)}, got {format!r}")
     suffix,f = export_formats[format]
     if Path(out).suffix!=suffix: raise ValueError(f'a file of --format {format} must end in {suffix}, got {out}')
-    if Path(out).exists() and not force: raise ValueError(f'{out} exists; name another file, or replace it with --force')
     check_out_file(out)
+    if Path(out).exists() and not force: raise ValueError(f'{out} exists; name another file, or replace it with --force')
     given = pick(f, dict(data=data, data_root=data_root, skip_bad=skip_bad))
     res = f(run, out, calibrated, probs, checkpoint=checkpoint, **given)
     if format=='onnx-int8': print(res.round(4).to_string())

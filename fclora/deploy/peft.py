@@ -252,9 +252,9 @@ def export_peft(
     force:bool=False # Write into a folder that is not empty
 )->Path:
     "Write the adapters of a run in PEFT's format"
+    check_out_folder(out)
     if Path(out).is_dir() and any(Path(out).iterdir()) and not force:
         raise ValueError(f'{out} is not empty; name another folder, or give --force')
-    check_out_folder(out)
     cfg = read_config(run)
     save_peft(run, out, checkpoint=checkpoint)
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'

@@ -41,5 +41,5 @@ def shorten(
     n:int=24 # Most characters
 )->str:
     "`text` on one line of at most `n` characters"
-    text = ' '.join(str(text).split())
+    text = visible(' '.join(str(text).split()))
     return text if len(text)<=n else text[:n-1]+'…'

@@ -8,8 +8,8 @@ that a model is built from, or that decides a prediction, what it may be. `seale
 
 # %% auto #0
 __all__ = ['a_digest', 'config_checks', 'model_checks', 'checkpoint_checks', 'image_checks', 'adapter_checks', 'format1_checks',
-           'data_checks', 'deciding_fields', 'is_classes', 'is_free', 'check_parts_of_model', 'check_config',
-           'config_digest', 'sealed', 'check_digest', 'check_metrics']
+           'data_checks', 'deciding_fields', 'table_checks', 'params_checks', 'result_checks', 'is_classes', 'is_free',
+           'check_parts_of_model', 'check_config', 'config_digest', 'sealed', 'check_digest', 'check_metrics']
 
 # %% ../../nbs/70a_config.ipynb #71711d1e
 import hashlib,json,re
@@ -42,8 +42,9 @@ image_checks = dict(size=_pixels, mean=list_of(_number, 3, 3), std=list_of(real_
 _of_adapters = dict(lora_alpha=real_number(*ranges['lora_alpha']), dropout=real_number(*ranges['dropout']))
 adapter_checks = dict(_of_adapters, adapter=any_name, init=any_name, scaling=dict_of(_number))
 format1_checks = dict(_of_adapters, rslora=a_flag)
-_share = maybe(real_number(0, 1))
-data_checks = dict(valid_pct=_share, test_pct=_share, seed=whole_number(-2**63, 2**63), skip_bad=a_flag, # what finds the
+_share,_images = maybe(real_number(0, 1)),maybe(whole_number())
+data_checks = dict(name=Check('text', lambda v: isinstance(v, str)), train=_images, valid=_images, test=_images,
+                   valid_pct=_share, test_pct=_share, seed=whole_number(-2**63, 2**63), skip_bad=a_flag, # what finds the
                    classes=maybe(any_text), limit=maybe(Check('three numbers', lambda v: isinstance(v, (str,list))))) # test images
 
 # %% ../../nbs/70a_config.ipynb #f70eef8f
@@ -75,7 +76,8 @@ def check_config(
     _check_items(dict(config, T=config.get('T')), config_checks, file)
     check_parts_of_model(config, file)
     n,ranks = len(config['classes']),config['ranks']
-    checked_item(config, 'probe', Check(f'two lists of {n} numbers', list_of(list_of(real_number(), n, n), 2, 2).test), file)
+    two = list_of(list_of(real_number(), n, n), 2, 2)
+    checked_item(config, 'probe', Check(f'two lists of {n} numbers', two.test), file)
     if not ranks: checked_item(config, 'method', one_of(methods_known()), file)
     lost = {site for site,r in ranks.items() if r}-set(config['scaling'] if form==2 and ranks else ranks)
     if lost: raise ValueError(f'{file}: scaling has no multiplier for {min(lost)}')
@@ -108,7 +110,13 @@ def check_digest(
                          'and one of them is another now; get the folder again from where it came')
 
 # %% ../../nbs/70a_config.ipynb #381b4926
-_measured = ('T','accuracy','nll_raw','nll','ece_raw','ece')
+_measured = ('T','accuracy','class_acc_mean','class_acc_std','nll_raw','nll','brier_raw','brier','ece_raw','ece','ece_floor',
+             'ece_floor_upper')
+table_checks = dict(dict.fromkeys(_measured, real_number()), n=whole_number(1), ece_interval=list_of(real_number(), 2, 2))
+_count,_counts = whole_number(1, 10**15),dict_of(real_number(0))
+params_checks = dict(total=_count, trainable=whole_number(), adapter=whole_number(), paper_pct=real_number())
+result_checks = dict(params=_counts, seconds=_counts, hardware=any_line, memory_kind=any_line, peak_memory_mb=maybe(real_number(0)),
+                     epochs=maybe(_count), total_rank=maybe(whole_number()))
 
 def check_metrics(
     metrics, # JSON of `metrics.json`
@@ -119,7 +127,10 @@ def check_metrics(
     checked(metrics, Check("a run's metrics, an object nested at most 20 deep", is_free), str(file))
     for part in ('valid','test'):
         if part not in metrics and not whole: continue
-        table = checked_item(metrics, part, dict_of(), file)
-        checked_item(table, 'n', whole_number(1), f'{file}: {part}')
-        for k in _measured: checked_item(table, k, real_number(), f'{file}: {part}')
+        _check_items(checked_item(metrics, part, dict_of(), file), table_checks, f'{file}: {part}')
+    if 'test' in metrics: # a run that went to its end
+        _check_items(metrics, result_checks, file)
+        _check_items(metrics['params'], params_checks, f'{file}: params')
+        checked_item(metrics['seconds'], 'train', real_number(), f'{file}: seconds')
+        checked_item(metrics, 'probe_accuracy', maybe(real_number()), file, None)
     return metrics

@@ -20,6 +20,8 @@ from ..plan import *
 from ..train.recipe import *
 from .prepare import *
 from .claim import *
+from ..data.sources import *
+from .asked import *
 
 # %% ../../nbs/75a_job.ipynb #475d5bd7
 @dataclass

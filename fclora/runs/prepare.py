@@ -218,7 +218,7 @@ def forecast_text(
     return (f"{name} ({n['total']:,} parameters) on {images!r}\n{quick_look(images)}\n"
             f"{method}: trains {trains}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}")
 
-# %% ../../nbs/72_prepare.ipynb #7779a8d2
+# %% ../../nbs/72_prepare.ipynb #b2c2e2c3
 run_root = 'runs'
 
 def numbered_folder(
@@ -238,9 +238,9 @@ def new_folder(
 )->Path:
     "A folder for a run, made if it has a number; nothing is removed yet"
     if out is None: check_out_folder(run_root)
+    stem = stem.encode('utf-8', 'replace').decode() # the name of a folder of images need not be text
     if out is None: return numbered_folder(stem)
     out = Path(out)
-    if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
     check_out_folder(out)
     if force or not out.is_dir() or not any(o.name!='.lock' for o in out.iterdir()): return out
     if (out/'options.json').is_file(): what = f'holds a run that was stopped; go on with it by fclora resume {out}'

@@ -176,9 +176,9 @@ def merge_cmd(
     force:bool=False # Write into a folder that is not empty
 )->Path: # `out`
     "Merge adapters into plain timm weights, which need no fclora"
+    check_out_folder(out)
     if Path(out).is_dir() and any(Path(out).iterdir()) and not force:
         raise ValueError(f'{out} is not empty; name another folder, or give --force')
-    check_out_folder(out)
     res = merge_run(run, out, calibrated, checkpoint)
     print(f"saved in {res}; load it by timm.create_model('local-dir:{res}', pretrained=True)")
     return res

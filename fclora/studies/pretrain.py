@@ -201,6 +201,7 @@ def pretrain(
     "Train a small vision transformer from scratch and keep the average of its weights"
     kw = dict(locals())
     check_ranges(**kw)
+    check_arch(arch)
     check_out_file(out)
     torch.manual_seed(seed)
     np.random.seed(seed)
