@@ -56,8 +56,11 @@ Modules:
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
 - `fclora.probes.suspects`: Images whose label a probe contradicts with confidence, though it has seen all the others
 - `fclora.ranges`: The lowest and the highest value of every numeric option, in one table
+- `fclora.report.html`: Tables, pictures and commands as HTML that needs nothing else
+- `fclora.report.making`: On what a model fails, how it was made, what it costs, and the commands to use it and to repeat it
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
+- `fclora.report.sections`: What a colleague asks of a model, one section for each question
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown

@@ -15,6 +15,7 @@ from inspect import Parameter,signature
 from fastcore.docments import docments
 from .planning import *
 from .train.recipe import *
+from .calibration.calibrator import *
 from .runs.prepare import *
 from .runs.finetune import *
 
@@ -68,7 +69,7 @@ def parameter_docs(
     f # The function of a command
 )->dict: # {parameter: comment}
     "Comments of the parameters of `f`, and of the functions that it hands its options on to"
-    return {k:v for o in (recipe, plan_model, prepare, finetune, f) for k,v in docments(o).items() if v}
+    return {k:v for o in (fit_calibration, recipe, plan_model, prepare, finetune, f) for k,v in docments(o).items() if v}
 
 # %% ../nbs/89_options.ipynb #239891fc
 def command_spec(

@@ -76,7 +76,7 @@ def error_bound(
     if not 0<=errors<=n: raise ValueError(f'errors must be in 0..{n}, the number of images, got {errors}')
     return 1. if errors==n else float(beta.ppf(certainty, errors+1, n-errors))
 
-# %% ../../nbs/62b_abstain.ipynb #feb6df1a
+# %% ../../nbs/62b_abstain.ipynb #abbb5f39
 def safe_threshold(
     conf:Tensor, # (n,) confidence of held-out images that the calibrator did not see
     right:Tensor, # (n,) 1 where the prediction is right
@@ -92,6 +92,7 @@ def safe_threshold(
         if not n or error_bound(0, n, certainty)>max_error: continue   # too few to vouch for anything
         if error_bound(errors, n, certainty)>max_error: break
         found = round(float(t), 4)
+        if kept.all(): break
     return found
 
 # %% ../../nbs/62b_abstain.ipynb #4f9f3021

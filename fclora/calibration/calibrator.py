@@ -8,7 +8,7 @@ images, and `calibrated` applies it."""
 
 # %% auto #0
 __all__ = ['calibrators', 'halves_from', 'check_calibrator', 'halves', 'fit_calibration', 'calibration_text', 'calibrated',
-           'promises_kept', 'measure_calibrated', 'is_vector', 'is_held_out']
+           'promises_kept', 'measure_calibrated', 'promise_rows', 'is_vector', 'is_held_out']
 
 # %% ../../nbs/62c_calibrator.ipynb #cac841bd
 import math,torch
@@ -102,6 +102,21 @@ def measure_calibrated(
     z,held = calibrated(torch.as_tensor(logits).double(), config),config.get('held_out')
     table = calibration_table(logits, targs, config.get('T') or 1., vector=config.get('vector'))
     return dict(table, aurc=aurc(z, targs), **(promises_kept(z, targs, held) if held else {}))
+
+# %% ../../nbs/62c_calibrator.ipynb #29bdef60
+def promise_rows(
+    table:dict # From `measure_calibrated`
+)->dict: # {row: text}, few where nothing was promised
+    "What sets and thresholds did on test images, in words"
+    def percent(x): return '–' if x is None else f'{x:.1%}'
+    rows = {'area under risk-coverage':f"{table['aurc']:.4f}"} if 'aurc' in table else {}
+    for score,levels in table.get('sets', {}).items():
+        for level,o in levels.items():
+            lowest = min(c for c in o['class_coverage'] if c is not None)
+            rows[f'{score} sets of {float(level):.0%}'] = f"{percent(o['coverage'])} hold it (worst class {percent(lowest)}), {o['size']:.2f} classes"
+    for e,o in table.get('abstain', {}).items():
+        if float(e) in (.01,.05,.1): rows[f'at most {float(e):.0%} wrong'] = f"{percent(o['coverage'])} answered, {percent(o['error'])} of these wrong"
+    return rows
 
 # %% ../../nbs/62c_calibrator.ipynb #c029f197
 def _is_number(v): return isinstance(v, (int,float)) and math.isfinite(v)

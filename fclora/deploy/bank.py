@@ -86,6 +86,7 @@ def bank_part(
     "A run taken apart into its base and what it adds"
     model,cfg = load_model(run, checkpoint)
     need_T(cfg, run)
+    if cfg.get('vector'): raise ValueError(f'a bank holds one temperature a run, and {run} has a vector: train it with --calibrator temperature')
     for n,cls in _misfits(model).items():
         raise ValueError(f'a bank takes LoRA on linear layers that are called, and linear heads; '
                          f'in {run} {n} is a {cls.__name__}')

@@ -14,6 +14,7 @@ import torch
 from ..files import *
 from ..ranges import *
 from ..data.pixels import *
+from ..calibration.calibrator import *
 from ..runs.folder import *
 from ..runs.use import *
 from .onnx import *
@@ -25,7 +26,7 @@ def describe(
 )->str:
     "What a visitor should know of the model"
     t,n = metrics.get('test'),len(config['classes'])
-    res = f"{config['model']['name']}, {n} classes. Probabilities are calibrated by temperature T = {config['T']:.3f}."
+    res = f"{config['model']['name']}, {n} classes. Probabilities are calibrated{'' if config.get('vector') else ' by temperature T = %.3f' % config['T']}."
     if t: res += f" On {t['n']:,} test images it was right on {t['accuracy']:.1%}, with a calibration error of {t['ece']:.3f}."
     return res + ' It knows no other classes: a picture of anything else gets one of these all the same.'
 
@@ -48,7 +49,7 @@ def _classifier(gr, model, config):
         if file is None: return None
         x,bad = load_batch([file], **config['image'])
         if bad: raise gr.Error(f'cannot read this file: {bad[0][1]}', print_exception=False)
-        probs = (model(x.to(device)).float()/config['T']).softmax(1)[0]
+        probs = calibrated(model(x.to(device)).float(), config).softmax(1)[0]
         return dict(zip(config['classes'], probs.tolist()))
     return classify
 

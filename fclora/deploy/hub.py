@@ -98,10 +98,11 @@ fclora predict run photo.jpg
 
 ```python
 from fclora.all import *
+from fclora.calibration.calibrator import calibrated
 
 run = from_pretrained('{name}'{local})
 x,_ = load_batch(['photo.jpg'], **run.config['image'])
-probs = (run.model(x)/(run.config['T'] or 1)).softmax(1)
+probs = calibrated(run.model(x), run.config).softmax(1)
 ```'''
 
 def _summary(run):
@@ -110,8 +111,9 @@ def _summary(run):
     regimes = dict(full='fine-tuned in full', head='a linear probe')
     how = regimes.get(c['method'], f"low-rank adapters by {c['method']} and a head")
     res = f"`{c['model']['name']}`, {how}, trained on {c['data']['name']} ({len(c['classes'])} classes)."
+    how = 'scaled for each class' if c.get('vector') else f"divided by the temperature {t['T']:.3f}" if t else ''
     if t: res += (f" {100*t['accuracy']:.2f} % of {t['n']:,} test images are classified correctly. The expected calibration "
-                  f"error is {t['ece_raw']:.4f}, and {t['ece']:.4f} once the logits are divided by the temperature {t['T']:.3f}.")
+                  f"error is {t['ece_raw']:.4f}, and {t['ece']:.4f} once the logits are {how}.")
     if c['status']!='done': res += f" Training was stopped at {c['status']}."
     return res
 

@@ -21,20 +21,21 @@ from torch.export import Dim
 from .. import __version__
 from ..adapt import *
 from ..files import *
-from ..calibration.temperature import *
+from ..calibration.vector import *
 from ..runs.folder import *
 
 # %% ../../nbs/82_onnx.ipynb #bacd5060
 class Deployed(nn.Module):
-    "uint8 RGB pixels in, logits divided by `T` out, or their softmax"
+    "uint8 RGB pixels in, calibrated logits out, or their softmax"
     def __init__(self,
         model:nn.Module, # Takes normalised floats
         image:dict, # With `mean` and `std`, each three numbers
         T:float=1., # Temperature
-        probs:bool=False # Give probabilities instead of logits?
+        probs:bool=False, # Give probabilities instead of logits?
+        vector:dict=None # From `fit_vector`
     ):
         super().__init__()
-        self.model,self.probs = Calibrated(model, T),probs
+        self.model,self.probs = with_calibrator(model, T, vector),probs
         for k in ('mean','std'): self.register_buffer(k, torch.tensor(image[k])[:,None,None])
 
     def forward(self, x): # uint8 (n, 3, size, size)
@@ -61,7 +62,8 @@ def deployed(
     model,cfg = run if in_memory else load_model(run, checkpoint)
     if calibrated: need_T(cfg, 'the run' if in_memory else run)
     if in_memory: model = deepcopy(model).cpu().float()
-    return Deployed(model, cfg['image'], cfg['T'] if calibrated else 1., probs).eval(),cfg
+    T,vector = (cfg['T'],cfg.get('vector')) if calibrated else (1.,None)
+    return Deployed(model, cfg['image'], T, probs, vector).eval(),cfg
 
 # %% ../../nbs/82_onnx.ipynb #806a23b6
 def metadata(
@@ -72,7 +74,7 @@ def metadata(
     "What a program must know to use an exported model"
     img,size = config['image'],config['image']['size']
     vals = dict(classes=config['classes'], input_size=[3,size,size], mean=list(img['mean']), std=list(img['std']),
-                T=config['T'], calibrated=calibrated)
+                T=config['T'], vector=config.get('vector'), calibrated=calibrated, held_out=config.get('held_out'))
     return dict(input='uint8 RGB: centre square, resized', interpolation=img['interpolation'],
                 output='probabilities' if probs else 'logits', model=config['model']['name'], fclora=__version__,
                 **{k:json.dumps(v, ensure_ascii=False) for k,v in vals.items()})

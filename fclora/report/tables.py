@@ -17,17 +17,21 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import listify,patch
 from ..plan import *
+from ..calibration.calibrator import *
 from .text import *
 from .seeds import *
 from ..runs.run import *
 
-# %% ../../nbs/73_tables.ipynb #7278cb47
+# %% ../../nbs/73_tables.ipynb #2c19474b
 def _number(x, fmt=','): return '–' if x is None else format(x, fmt)
 def _seconds(x): return _number(x, ',.1f' if x is not None and x<100 else ',.0f')
 def _percent(x): return f'{x:.2g} %' if x<9.95 else f'{x:.0f} %'
 def _epochs(m):
     kept = m.get('epoch_kept')
     return _number(m['epochs']) + ('' if kept is None else ', the probe kept' if kept==0 else f', {kept} kept')
+def _vector_rows(t):
+    "A vector may change answers, so what they were before"
+    return {'test accuracy before the vector':_percent2(t['accuracy_raw'])} if t.get('calibrator')=='vector' else {}
 def _probe_rows(m):
     "What a linear probe can do, and what training added to it"
     if m.get('probe_accuracy') is None: return {}
@@ -54,16 +58,17 @@ def balance_row(
     if 'macro_f1' not in t: return {}
     return {'balanced accuracy / macro F1':f"{_percent2(t['balanced_accuracy'])} / {t['macro_f1']:.4f}"}
 
-# %% ../../nbs/73_tables.ipynb #85f3574d
+# %% ../../nbs/73_tables.ipynb #99fc3b9d
 def _result_rows(metrics):
     "What came out: {row: text}"
     t,s = metrics['test'],metrics['seconds']
-    def raw_and_scaled(k): return f"{t[f'{k}_raw']:.4f} / {t[k]:.4f}"
-    return {'test accuracy':_percent2(t['accuracy']), **balance_row(t), **_probe_rows(metrics),
-        'test loss (NLL), raw / scaled':raw_and_scaled('nll'), 'test ECE, raw / scaled':raw_and_scaled('ece'),
+    def raw_and_scaled(k): return f"{t[f'{k}_raw']:.4f} / {t[k]:.4f}" if f'{k}_raw' in t else '–'
+    return {'test accuracy':_percent2(t['accuracy']), **_vector_rows(t), **balance_row(t), **_probe_rows(metrics),
+        'test loss (NLL), raw / scaled':raw_and_scaled('nll'), 'test Brier score, raw / scaled':raw_and_scaled('brier'),
+        'test ECE, raw / scaled':raw_and_scaled('ece'),
         'interval of the scaled ECE, 95 %':'{:.4f} to {:.4f}'.format(*t['ece_interval']),
         'noise floor of the ECE':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'temperature':f"{t['T']:.3f}",
+        'smooth ECE, raw / scaled':raw_and_scaled('smooth_ece'), 'temperature':f"{t['T']:.3f}", **promise_rows(t),
         'class accuracy':f"{t['class_acc_mean']:.2f} ± {t['class_acc_std']:.2f}",
         'seconds, scoring / training / total':' / '.join(_seconds(s.get(k)) for k in ('score','train','total')),
         'peak memory':f"{_number(metrics['peak_memory_mb'], ',.0f')} MB ({metrics['memory_kind']})",
@@ -181,8 +186,9 @@ def _compare_row(d):
     "The text of one row, from its numbers in `compare_json`"
     return {'seeds':str(len(d['seeds'])), 'accuracy, %':_mean_and_std(d['accuracy'], 100),
         'to uniform, points':_difference(d['points_to_uniform']), 't interval':_t_interval(d['points_to_uniform']),
+        'NLL scaled':_mean_and_std(d['nll'], 1, 4), 'Brier scaled':_mean_and_std(d['brier'], 1, 4),
         'ECE raw':_mean_and_std(d['ece_raw'], 1, 4), 'ECE scaled':_mean_and_std(d['ece'], 1, 4),
-        'NLL scaled':_mean_and_std(d['nll'], 1, 4), 'trained parameters':f"{d['trained_parameters']:,}",
+        'trained parameters':f"{d['trained_parameters']:,}",
         'training, s':_seconds(d['train_seconds']['mean'])}
 
 # %% ../../nbs/73_tables.ipynb #18b3e234

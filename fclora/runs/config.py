@@ -17,6 +17,7 @@ from ..checks import *
 from ..ranges import *
 from ..presets import *
 from ..backbones import *
+from ..calibration.calibrator import *
 
 # %% ../../nbs/70a_config.ipynb #55a39359
 a_digest = Check('64 hexadecimal digits', lambda v: isinstance(v, str) and re.fullmatch('[0-9a-f]{64}', v) is not None)
@@ -78,14 +79,17 @@ def check_config(
     n,ranks = len(config['classes']),config['ranks']
     two = list_of(list_of(real_number(), n, n), 2, 2)
     checked_item(config, 'probe', Check(f'two lists of {n} numbers', two.test), file)
+    fitted = dict(vector=config.get('vector'), held_out=config.get('held_out'))
+    checked_item(fitted, 'vector', Check(f'a scale and a bias of {n} numbers each, or null', lambda v: is_vector(v, n)), file)
+    checked_item(fitted, 'held_out', Check('what held-out images promise, or null', is_held_out), file)
     if not ranks: checked_item(config, 'method', one_of(methods_known()), file)
     lost = {site for site,r in ranks.items() if r}-set(config['scaling'] if form==2 and ranks else ranks)
     if lost: raise ValueError(f'{file}: scaling has no multiplier for {min(lost)}')
     return config
 
 # %% ../../nbs/70a_config.ipynb #46306b7b
-deciding_fields = ('format','method','model','classes','image','T','ranks','adapter','lora_alpha','scaling','dropout','probe',
-                   'weights_sha256')
+deciding_fields = ('format','method','model','classes','image','T','vector','held_out','ranks','adapter','lora_alpha','scaling',
+                   'dropout','probe','weights_sha256')
 
 def config_digest(
     config:dict # `fclora.json`, or what is to be written there

@@ -8,7 +8,7 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #544a76db
+# %% ../../nbs/79_evaluate.ipynb #42b940d6
 import torch
 from ..files import *
 from ..outputs import *
@@ -17,7 +17,8 @@ from ..data.images import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
-from ..calibration.intervals import *
+from ..train.views import *
+from ..calibration.calibrator import *
 from ..report.tables import *
 from .run import *
 from .folder import *
@@ -62,22 +63,26 @@ def images_to_test(
     has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
 
-# %% ../../nbs/79_evaluate.ipynb #f567e53e
+# %% ../../nbs/79_evaluate.ipynb #1c4cf35c
 def evaluation_rows(
-    table:dict # From `calibration_table`
+    table:dict # From `measure_calibrated`
 )->dict: # {row: text}
     "What `evaluate` prints"
     t = table
     return {
         'images':f"{t['n']:,}", 'accuracy':f"{t['accuracy']:.2%}",
-        **balance_row(t), 'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
+        **balance_row(t),
+        'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
+        **({'before the vector':f"{t['accuracy_raw']:.2%}"} if t['calibrator']=='vector' else {}),
         'NLL raw / scaled':f"{t['nll_raw']:.4f} / {t['nll']:.4f}",
+        'Brier raw / scaled':f"{t['brier_raw']:.4f} / {t['brier']:.4f}",
         'ECE raw / scaled':f"{t['ece_raw']:.4f} / {t['ece']:.4f}",
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'temperature':f"{t['T']:.3f}"}
+        'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
+        'temperature':f"{t['T']:.3f}", **promise_rows(t)}
 
-# %% ../../nbs/79_evaluate.ipynb #64b15470
+# %% ../../nbs/79_evaluate.ipynb #5bc81b58
 def evaluate(
     run:str, # Run folder
     data:str=None, # Data set, folder or table; the run's own test split by default
@@ -88,15 +93,18 @@ def evaluate(
     data_root:str=None, # Where CIFAR is
     skip_bad:bool=False, # Go on without unreadable images
     device:str=None, # cpu, cuda, ...; the accelerator if there is one
+    tta:bool=False, # Look at several views of an image, mirrored and cropped, and average: 5 or 10 times the work
     quiet:bool=False # Print only the result
-)->dict: # As `calibration_table`
+)->dict: # As `measure_calibrated`
     "Accuracy and calibration of a run on test images"
     check_ranges(batch_size=batch_size)
     check_out_file(out)
     model,config = load_model(run, checkpoint, compute_device(device))
     images = images_to_test(data, config, skip_bad, images=images, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
-    res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), usable_T(config, run))
+    usable_T(config, run)
+    if tta: model = Views(model, images.flip and may_flip(config))
+    res = measure_calibrated(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
-    for name,text in evaluation_rows(res).items(): print(f'{name:<18}{text}')
+    for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
     return res

@@ -9,7 +9,7 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #41a17fc2
+# %% ../../nbs/76_finetune.ipynb #54288a0e
 import sys,time,warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,6 +32,7 @@ from ..train.learner import *
 from ..train.logits import *
 from ..calibration.temperature import *
 from ..calibration.intervals import *
+from ..calibration.calibrator import *
 from ..report.tables import *
 from ..report.page import *
 from .run import *
@@ -102,11 +103,11 @@ def learner(self:Job,
 def save(self:Job,
     learn, # From `fclora_learner`
     status:str, # done, or how far training got
-    T:float=None, # Temperature
+    calibration:dict=None, # From `fit_calibration`
     metrics:dict=None # As `metrics.json`
 )->Run:
     "Write the run folder with what there is so far"
-    config = run_config(learn, self.about['model'], self.about['data'], self.seed, T, status)
+    config = run_config(learn, self.about['model'], self.about['data'], self.seed, status=status) | (calibration or {})
     run = Run(config, metrics or {}, self.history, learn.plan, learn.model)
     save_run(run, self.out)
     return run
@@ -171,15 +172,17 @@ def logits(self:Job,
 @patch
 def calibrate(self:Job,
     learn # Trained
-)->float: # Temperature
-    "One temperature from the validation images"
+)->dict: # From `fit_calibration`
+    "A calibrator from the validation images, and what those that it has not seen can promise"
+    asked = pick(fit_calibration, self.options)
     with self.step('calibrate'):
         logits,targs = self.logits(learn, learn.dls.valid, 'validating')
-        T = fit_temperature(logits, targs)
-        self.measured['valid'] = calibration_table(logits, targs, T)
-    return T
+        found = fit_calibration(logits, targs, seed=self.seed, **asked)
+        self.measured['valid'] = calibration_table(logits, targs, found['T'], vector=found['vector'])
+    self.say(calibration_text(found, len(targs), **asked))
+    return found
 
-# %% ../../nbs/76_finetune.ipynb #c76e066d
+# %% ../../nbs/76_finetune.ipynb #842e5b4b
 @patch
 def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
     "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
@@ -190,28 +193,27 @@ def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
 @patch
 def measurements(self:Job,
     learn, # Trained
-    test:dict # `calibration_table` of the test images
+    test:dict # `measure_calibrated` of the test images
 )->dict: # As `metrics.json`
     "Every number of the run"
     mib,kind = peak_memory(learn.dls.device)
-    return dict(
-        method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
+    return dict(method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
         resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test,
         peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
-# %% ../../nbs/76_finetune.ipynb #d43b511d
+# %% ../../nbs/76_finetune.ipynb #98f12818
 @patch
 def evaluate(self:Job,
     learn, # Trained
     images, # `Images`
-    T:float # Temperature
+    calibration:dict # From `fit_calibration`
 )->Run: # Saved in the run folder
     "One look at the test images"
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
-    metrics = self.measurements(learn, calibration_table(logits, targs, T))
-    run = self.save(learn, 'done', T, metrics)
+    metrics = self.measurements(learn, measure_calibrated(logits, targs, calibration))
+    run = self.save(learn, 'done', calibration, metrics)
     tidy(self.out)
     return replace(run, logits=logits, targs=targs, images=images.test[0])
 
@@ -227,10 +229,11 @@ def report(self:Job,
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
-# %% ../../nbs/76_finetune.ipynb #d8f78186
+# %% ../../nbs/76_finetune.ipynb #44f2d91f
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
+@delegates(fit_calibration, keep=True, but=['logits','targs','seed'])
 def finetune(
     data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
@@ -255,9 +258,7 @@ def finetune(
     with claimed(job.out):
         images,dls,model = job.load()
         job.first_look(dls, model, probe)
-        plan = job.allocate(dls, model)
-        learn = job.learner(dls, model, plan, checkpointing, compile)
+        learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)
         job.train(learn)
-        T = job.calibrate(learn)
-        run = job.evaluate(learn, images, T)
+        run = job.evaluate(learn, images, job.calibrate(learn))
         return job.report(run)

@@ -11,7 +11,7 @@ the rest too. Nothing is pickled, and no file ever stands half-written under its
 __all__ = ['run_files', 'run_state', 'next_name', 'finish_commit', 'check_finite', 'save_run', 'from_format1', 'read_config',
            'stored_weights', 'base_model', 'put_adapters', 'load_weights_into', 'load_model', 'load_run']
 
-# %% ../../nbs/71_folder.ipynb #dcc20e88
+# %% ../../nbs/71_folder.ipynb #304f6073
 import json,os
 from pathlib import Path
 import torch
@@ -23,6 +23,7 @@ from ..files import *
 from ..checks import *
 from ..plan import *
 from ..backbones import *
+from ..calibration.calibrator import *
 from .run import *
 from .config import *
 

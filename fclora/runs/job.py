@@ -22,6 +22,7 @@ from .prepare import *
 from .claim import *
 from ..data.sources import *
 from .asked import *
+from ..calibration.calibrator import *
 
 # %% ../../nbs/75a_job.ipynb #475d5bd7
 @dataclass
@@ -64,6 +65,7 @@ def new_job(
     given = given_plan(plan, dict(options, method=method)) if plan else None
     method = given.method if given else method
     check_asked(data, method, dict(options, seed=seed), given)
+    check_calibrator(options.get('calibrator', 'temperature'))
     rcp = recipe_for(method, options)
     folder = Path(out) if goes_on else new_folder(out, f'{data_name(data)}-{method}', force)
     return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes)

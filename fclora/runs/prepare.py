@@ -120,7 +120,7 @@ def prepare(
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
-    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=data_config(images, data, split))
+    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=data_config(images, data, dict(split, flip=images.flip and not no_flip)))
     return images,dls,net.to(dls.device),about
 
 # %% ../../nbs/72_prepare.ipynb #92d56753
