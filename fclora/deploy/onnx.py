@@ -22,6 +22,7 @@ from .. import __version__
 from ..adapt import *
 from ..files import *
 from ..calibration.temperature import *
+from ..runs.run import *
 from ..runs.folder import *
 
 # %% ../../nbs/82_onnx.ipynb #bacd5060
@@ -46,7 +47,8 @@ def need_T(
     config:dict, # Of a run
     run='the run' # What to call it
 ):
-    "Raise unless the run was trained to its end and has a temperature"
+    "Raise unless the run was trained to its end and has a temperature, one for all classes"
+    one_label(config, 'this command')
     if not config['T']:
         raise ValueError(f"{run} was stopped at {config['status']} and has no temperature: train it to the end first")
 

@@ -9,7 +9,7 @@ there is no script, all text is escaped, and a policy in the page forbids it to 
 # %% auto #0
 __all__ = ['page_style', 'page_policy', 'settings_table', 'html_table', 'inline_picture', 'html_section', 'ranks_section',
            'training_section', 'calibration_section', 'classes_section', 'mistakes_section', 'html_page',
-           'results_section', 'report_html', 'compare_html', 'save_report']
+           'results_section', 'labels_section', 'report_html', 'compare_html', 'save_report']
 
 # %% ../../nbs/75_page.ipynb #717528c1
 import warnings
@@ -19,10 +19,12 @@ from io import BytesIO
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
+from sklearn.metrics import f1_score
 from fastcore.basics import listify
 from ..files import *
 from ..calibration.temperature import *
 from ..calibration.reliability import *
+from ..calibration.labels import *
 from ..data.pixels import *
 from ..runs.run import *
 from .text import *
@@ -201,15 +203,37 @@ def results_section(
 )->str: # HTML
     "The papers' table of a run"
     t,p,m = run.metrics['test'],run.metrics['params'],run.metrics
-    text = (f"{100*t['accuracy']:.2f} % of {t['n']:,} test images are classified correctly, with {p['trainable']:,} trained of "
+    of,how = ('the decisions about labels of ','right') if run.config.get('task')=='multi' else ('','classified correctly')
+    text = (f"{100*t['accuracy']:.2f} % of {of}{t['n']:,} test images are {how}, with {p['trainable']:,} trained of "
             f"{p['total']:,} parameters ({m['seconds']['train']:,.0f} s of training on {m['hardware']}).")
     return html_section('Results', text, html_table(paper_table(run)))
+
+# %% ../../nbs/75_page.ipynb #labsec01
+def labels_section(
+    run:Run # With several labels an image, and with logits and targs
+)->str: # HTML
+    "Every label of its own, and the reliability of all decisions about labels"
+    t,names = run.metrics['test'],run.config['classes']
+    x,y = check_labels(run.logits, run.targs)
+    one = [label_numbers(x[:,[k]], y[:,[k]]) for k in range(len(names))]
+    F1 = [f1_score(y[:,k], x[:,k]>0, zero_division=0) for k in range(len(names))]
+    precision = [o['mean_average_precision'] for o in one]
+    rows = {names[k]:[f'{y[:,k].sum()}', f'{precision[k]:.3f}', f'{F1[k]:.3f}', f"{t['T'][k]:.3f}"] for k in range(len(names))}
+    table = html_table(pd.DataFrame(rows, ['test images','average precision','F1','temperature']).T)
+    text = (f"Each label is a yes or no with a temperature of its own. They take the ECE of all decisions from {t['ece_raw']:.4f} to "
+            f"{t['ece']:.4f}; a perfectly calibrated model would show {t['ece_floor']:.4f} on average.")
+    def draw(fig):
+        fig.set_layout_engine('none') # It cannot place the counts under their diagrams
+        plot_bins(dict(t, T=np.mean(t['T'])), fig.subplots(1, 2, sharey=True))
+    alt = 'Reliability of all decisions before and after the temperatures'
+    return html_section('Labels', text, table, inline_picture(draw, alt, (7,3.7)))
 
 # %% ../../nbs/75_page.ipynb #42333e37
 def _drawn(run):
     "The sections that need test logits, or a sentence in place of each"
     def lost(title): return html_section(title, 'The test logits of this run are not at hand, so this cannot be drawn.')
     logits = run.logits is not None
+    if run.config.get('task')=='multi': return (labels_section(run) if logits else lost('Labels')),
     images = logits and run.images is not None
     return (calibration_section(run) if logits else lost('Calibration'), classes_section(run) if logits else lost('Classes'),
             mistakes_section(run) if images else lost('Confident mistakes'))

@@ -19,6 +19,7 @@ from fastcore.basics import listify,patch
 from ..plan import *
 from .text import *
 from .seeds import *
+from ..calibration.labels import *
 from ..runs.run import *
 
 # %% ../../nbs/73_tables.ipynb #7278cb47
@@ -52,6 +53,9 @@ def balance_row(
 )->dict: # {row: text}, empty for runs that are older than these numbers
     "What accuracy hides where classes differ in size"
     if 'macro_f1' not in t: return {}
+    if 'mean_average_precision' in t:
+        both = f"{_percent2(t['exact_match'])} / {t['macro_f1']:.4f}"
+        return {'mean average precision':f"{t['mean_average_precision']:.4f}", 'exact matches / macro F1':both}
     return {'balanced accuracy / macro F1':f"{_percent2(t['balanced_accuracy'])} / {t['macro_f1']:.4f}"}
 
 # %% ../../nbs/73_tables.ipynb #85f3574d
@@ -63,7 +67,7 @@ def _result_rows(metrics):
         'test loss (NLL), raw / scaled':raw_and_scaled('nll'), 'test ECE, raw / scaled':raw_and_scaled('ece'),
         'interval of the scaled ECE, 95 %':'{:.4f} to {:.4f}'.format(*t['ece_interval']),
         'noise floor of the ECE':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'temperature':f"{t['T']:.3f}",
+        'temperature':temperature_text(t['T']),
         'class accuracy':f"{t['class_acc_mean']:.2f} ± {t['class_acc_std']:.2f}",
         'seconds, scoring / training / total':' / '.join(_seconds(s.get(k)) for k in ('score','train','total')),
         'peak memory':f"{_number(metrics['peak_memory_mb'], ',.0f')} MB ({metrics['memory_kind']})",

@@ -106,6 +106,7 @@ def cut_run(
     checked(unit, one_of(('ranks','params')), 'unit of the budget')
     for k,v in dict(budget=budget, recover=recover).items(): checked(v, whole_number(), k)
     folder,old = new_folder(out, f'{Path(run).name}-cut', force),load_run(run, checkpoint, compute_device(device))
+    one_label(old.config, 'fclora cut')
     if old.plan is None: raise ValueError(f"{run} is a run of {old.config['method']}, without a Plan and adapters to cut")
     cut_sites(old.model)
     cfg,images = old.config,images_to_test(None, old.config, data_root=data_root, progress=not quiet)

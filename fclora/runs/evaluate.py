@@ -16,7 +16,8 @@ from ..data.images import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
-from ..calibration.intervals import *
+from ..calibration.labels import *
+from ..report.tables import *
 from .run import *
 from .folder import *
 from .use import *
@@ -51,7 +52,8 @@ def images_to_test(
     "The run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==config['data']['source']
     split = config['data'] if own else {}
-    picked = {k:split[k] for k in ('images','label_column','valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked = {k:split[k] for k in ('images','label_column','multi_label','valid_pct','test_pct','seed','limit','classes') if k in split}
+    if config.get('task')=='multi': picked['multi_label'] = True
     picked |= {k:v for k,v in kwargs.items() if v is not None}
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
@@ -68,12 +70,12 @@ def evaluation_rows(
     t = table
     return {
         'images':f"{t['n']:,}", 'accuracy':f"{t['accuracy']:.2%}",
-        'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
+        **balance_row(t), 'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
         'NLL raw / scaled':f"{t['nll_raw']:.4f} / {t['nll']:.4f}",
         'ECE raw / scaled':f"{t['ece_raw']:.4f} / {t['ece']:.4f}",
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'temperature':f"{t['T']:.3f}"}
+        'temperature':temperature_text(t['T'])}
 
 # %% ../../nbs/79_evaluate.ipynb #556f9708
 def evaluate(
@@ -93,7 +95,7 @@ def evaluate(
     images = images_to_test(data, config, skip_bad, images=images, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
     if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
-    res = calibration_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)
+    res = task_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)
     if out: write_json(out, res)
     for name,text in evaluation_rows(res).items(): print(f'{name:<18}{text}')
     return res

@@ -25,13 +25,14 @@ from ..presets import *
 from ..planning import *
 from ..probes.linear import *
 from ..probes.start import *
+from ..train.imbalance import *
 from ..train.recipe import *
 from ..train.callbacks import *
 from ..train.fallback import *
 from ..train.learner import *
 from ..train.logits import *
 from ..calibration.temperature import *
-from ..calibration.intervals import *
+from ..calibration.labels import *
 from ..report.tables import *
 from ..report.page import *
 from .run import *
@@ -117,7 +118,7 @@ def first_look(self:Job,
     "See what the frozen backbone can do, and start the head from there"
     head,precision = self.rcp['head'],self.rcp['precision']
     with self.step('probe'):
-        if probe: self.look = first_look(model, dls, not self.quiet, precision)
+        if probe: self.look = first_look(model, dls, not self.quiet, precision, counted_weights(self.rcp, dls))
         if head=='probe': start_head(model, self.look.soft) if probe else soft_start(model, dls, precision=precision)
     if probe: self.say(look_text(self.look, len(dls.train_ds), self.rcp['epochs'], head))
 
@@ -172,7 +173,7 @@ def settle(self:Job,
 ):
     "Note which epoch was kept; the probe counts as epoch 0, so the result is never worse than it on the validation images"
     self.measured['epoch_kept'] = len(self.history)-len(best.losses)+best.epoch_kept+1
-    if self.look is None or scaled_nll(*self.look.valid)>min(best.losses): return
+    if self.look is None or best.loss(*self.look.valid)>min(best.losses): return
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
@@ -183,7 +184,8 @@ def train(self:Job,
     learn # From `fclora_learner`
 ):
     "Train by the recipe and save after every epoch: with bars on a terminal, else with a line an epoch"
-    best = [KeepBest(scaled_nll, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
+    def loss(logits, targs): return task_nll(logits, targs, learn.counted)
+    best = [KeepBest(loss, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
     before = trained_state(learn.model) if best and learn.regime=='full' else {}
     bars = sys.stdout.isatty() and not self.quiet
     def keep(status, history):
@@ -214,18 +216,11 @@ def calibrate(self:Job,
     "One temperature from the validation images"
     with self.step('calibrate'):
         logits,targs = self.logits(learn, learn.dls.valid, 'validating')
-        T = fit_temperature(logits, targs)
-        self.measured['valid'] = calibration_table(logits, targs, T)
+        T = task_temperature(logits, targs)
+        self.measured['valid'] = task_table(logits, targs, T)
     return T
 
 # %% ../../nbs/76_finetune.ipynb #105297e2
-@patch
-def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
-    "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
-    if not self.look: return {}
-    return dict(probe_accuracy=right(*self.look.test), probe_valid_accuracy=self.look.accuracy, start_accuracy=self.look.start_accuracy,
-                probe_valid_nll=scaled_nll(*self.look.valid), probe_strength=self.look.probe.strength)
-
 @patch
 def measurements(self:Job,
     learn, # Trained
@@ -235,7 +230,7 @@ def measurements(self:Job,
     mib,kind = peak_memory(learn.dls.device)
     return dict(
         method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=self.rcp['epochs'],
-        total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
+        total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **probe_numbers(self.look),
         params=count_params(learn.model), valid=self.measured['valid'], test=test, peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
@@ -248,7 +243,7 @@ def evaluate(self:Job,
 )->Run: # Saved in the run folder
     "One look at the test images"
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
-    metrics = self.measurements(learn, calibration_table(logits, targs, T))
+    metrics = self.measurements(learn, task_table(logits, targs, T))
     run = self.save(learn, 'done', T, metrics)
     return replace(run, logits=logits, targs=targs, images=images.test[0])
 

@@ -75,6 +75,12 @@ def check_types(
 # %% ../../nbs/71_folder.ipynb #7dea7489
 def _is_number(v): return isinstance(v, _number) and math.isfinite(v)
 
+def _is_temperature(T, c, task):
+    "One number above 0, or one for each of `c` labels; None where there is none yet"
+    several = [T] if T is None or _is_number(T) else T
+    if not isinstance(several, list) or len(several)!=(c if task=='multi' and T is not None else 1): return False
+    return T is None or all(_is_number(o) and o>0 for o in several)
+
 def _are_multipliers(config):
     scaling,adapted = config.get('scaling', {}),{site for site,r in config['ranks'].items() if r}
     return all(map(_is_number, scaling.values())) and (config['format']==1 or adapted<=set(scaling))
@@ -91,7 +97,7 @@ def check_values(
         classes=len(classes)>1 and all(isinstance(o, str) for o in classes),
         model=isinstance(base.get('name'), str) and all(k in base for k in ('pretrained','checkpoint','one_head','size')),
         image=isinstance(image.get('size'), int) and 0<image['size']<=4096 and len(image.get('mean', ''))==len(image.get('std', ''))==3,
-        T=T is None or _is_number(T) and T>0,
+        T=_is_temperature(T, len(classes), config.get('task')),
         ranks=all(isinstance(r, int) and r>=0 for r in ranks.values()),
         scaling=_are_multipliers(config))
     for k,ok in good.items():

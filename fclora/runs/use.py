@@ -43,11 +43,13 @@ def predict_files(
     rows = {str(f):dict(file=str(f), error=errors[str(f)]) for f in files if str(f) in errors}
     if len(x):
         device = next(model.parameters()).device
-        with torch.inference_mode(): probs = (model(x.to(device)).float()/(config['T'] or 1.)).softmax(1)
+        with torch.inference_mode(): z = model(x.to(device)).float()/torch.tensor(config['T'] or 1., device=device)
+        probs = z.sigmoid() if config.get('task')=='multi' else z.softmax(1)
         p,c = probs.topk(min(top_k, probs.shape[1]))
         readable = [str(f) for f in files if str(f) not in errors]
-        for file,ps,cs in zip(readable, p.tolist(), c.tolist()):
+        for file,ps,cs,all_ in zip(readable, p.tolist(), c.tolist(), probs.tolist()):
             rows[file] = dict(file=file, top=[{'class':config['classes'][i], 'probability':o} for i,o in zip(cs, ps)])
+            if config.get('task')=='multi': rows[file]['labels'] = [name for name,o in zip(config['classes'], all_) if o>=.5]
     return [rows[str(f)] for f in files]
 
 # %% ../../nbs/78_use.ipynb #bfe1607b
@@ -135,6 +137,7 @@ def merge_run(
 )->Path: # `out`, which `timm.create_model('local-dir:OUT', pretrained=True)` loads without fclora
     "Write a run as plain timm weights: `model.safetensors` and `config.json`"
     model,config = load_model(path, checkpoint)
+    if calibrated: one_label(config, 'merge --calibrated')
     unload(model, merge=True)
     T = config['T'] or 1.
     if calibrated: divide_head(model, T)
