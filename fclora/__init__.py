@@ -14,6 +14,7 @@ Modules:
 - `fclora.calibration.calibrator`: Validation images in two halves: one makes the calibrator, the other what can be promised with it
 - `fclora.calibration.ece`: Samples in bins of equal confidence: how far what they claim lies from what they keep
 - `fclora.calibration.intervals`: The ECE that a perfect model would show, an interval for a measured one, and the table that a run stores
+- `fclora.calibration.labels`: Temperature and numbers where an image may have several labels, or none
 - `fclora.calibration.reliability`: Confidence against accuracy, before and after the temperature, with the counts beneath
 - `fclora.calibration.sets`: In place of one class, a few that hold the true one in 90 or 95 of 100 images
 - `fclora.calibration.smooth_ece`: A calibration error without bins
@@ -22,6 +23,7 @@ Modules:
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
 - `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
+- `fclora.data.folders`: One folder a class, directly or in train/, val/ and test/
 - `fclora.data.hf`: A dataset saved on disk, or one of the Hub by its name, as rows of images and labels
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
 - `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked

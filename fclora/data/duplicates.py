@@ -115,6 +115,6 @@ def quick_look(
     images:Images # From `load_images`
 )->str:
     "What is cheap to know of images before training: sizes, counts, and whether a split has leaked into another"
-    counts,leaks = torch.bincount(images.train[1], minlength=len(images.vocab)),across_splits(exact_groups(images))
+    counts,leaks = class_counts(images.train[1], len(images.vocab)),across_splits(exact_groups(images))
     found = f'{len(leaks)} IN TWO SPLITS (exact duplicates; fclora check shows them)' if leaks else 'no exact duplicate in two splits'
     return f'checked: {size_text(source_sizes(images))} pixels, {counts.min():,} to {counts.max():,} training images a class, {found}'

@@ -8,13 +8,14 @@ rows into the splits and classes that `fclora.data.sources` reads."""
 
 # %% auto #0
 __all__ = ['separators', 'column_names', 'split_names', 'LabelRow', 'read_text', 'table_rows', 'find_columns', 'path_inside',
-           'stop_at', 'named_split', 'check_rows', 'read_labels', 'by_class']
+           'stop_at', 'named_split', 'check_rows', 'read_labels', 'by_class', 'several_labels', 'by_labels']
 
-# %% ../../nbs/41a_labels.ipynb #b3820cde
+# %% ../../nbs/41a_labels.ipynb #068d3615
 import codecs,csv,os
 from collections import namedtuple
 from io import StringIO
 from pathlib import Path
+import numpy as np
 from .pixels import *
 
 # %% ../../nbs/41a_labels.ipynb #cbf82a2f
@@ -142,3 +143,24 @@ def by_class(
     found = {k:{} for k in ('train','valid','test') if any(o.split==k for o in rows)}
     for o in sorted(rows, key=lambda o: o.label): found[o.split].setdefault(o.label, []).append(o.path)
     return found
+
+# %% ../../nbs/41a_labels.ipynb #31ae5c56
+def several_labels(
+    texts:list # Cells of the label column; or lists of labels, which stay as they are
+)->list: # Lists of labels
+    "The labels of each image: separated by ; where any cell has one, else by blanks"
+    separator = ';' if any(';' in o for o in texts if isinstance(o, str)) else None
+    return [[k.strip() for k in o.split(separator) if k.strip()] if isinstance(o, str) else [k for k in o if k] for o in texts]
+
+def by_labels(
+    rows:list, # `LabelRow`s
+    file # Table, for the message
+)->tuple: # (vocab, files, zeros and ones (n, c), {split: row numbers}), labels in sorted order
+    "All files, and which labels they have"
+    labels = several_labels([o.label for o in rows])
+    vocab = sorted({k for o in labels for k in o})
+    if len(vocab)<2: raise ValueError(f'{file} has {len(vocab)} labels; at least two are needed')
+    if not any(o.split=='train' for o in rows): raise ValueError(f'{file} has no training images; call the split of some lines train')
+    targs = np.array([[int(k in own) for k in vocab] for own in labels])
+    places = {k:np.array([i for i,o in enumerate(rows) if o.split==k], dtype=int) for k in ('train','valid','test')}
+    return vocab,[o.path for o in rows],targs,{k:o for k,o in places.items() if len(o)}

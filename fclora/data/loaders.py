@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Transform
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import Category, CategoryMap, Normalize
+from fastai.data.transforms import Category, CategoryMap, MultiCategory, Normalize
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 import fastai.vision.data # noqa: F401 (show_batch for images)
@@ -36,7 +36,7 @@ class ImageSet:
     n_inp = 1
     def __init__(self,
         x, # uint8 (n, 3, s, s), or a list of n files
-        y, # int64 (n,), or None without targets
+        y, # int64 (n,), or (n, c) zeros and ones for several labels, or None without targets
         vocab, # Class names
         size:int, # Side of the model's input
         interpolation:str='bicubic', # Of the model's input
@@ -54,7 +54,8 @@ class ImageSet:
         full=True # Asked by fastai, not used
     ):
         "Image and class name, for fastai to show"
-        return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
+        def named(y): return Category(self.vocab[y]) if y.ndim==0 else MultiCategory([self.vocab[i] for i in y.nonzero()[:,0]])
+        return (o[0],) + tuple(named(torch.as_tensor(y)) for y in o[1:])
     @property
     def items(self): return L((self,i) for i in range(len(self)))
 

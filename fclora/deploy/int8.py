@@ -20,6 +20,7 @@ from ..data.pixels import *
 from ..data.loaders import *
 from ..calibration.temperature import *
 from ..calibration.ece import *
+from ..runs.run import *
 from ..runs.folder import *
 from ..runs.evaluate import *
 from .onnx import *
@@ -79,6 +80,7 @@ def export_int8(
 ): # DataFrame as from `onnx_table`, rows fp32 and int8
     "Write a run as ONNX in 8 bits, and measure it beside 32 bits"
     cfg = run[1] if isinstance(run, (tuple,list)) else read_config(run)
+    one_label(cfg, 'fclora export')
     try: images = images_to_test(data, cfg, skip_bad, data_root=data_root, progress=False)
     except OSError as e:
         raise FileNotFoundError(f'int8 is measured on test images, and those of the run are not here ({e}): '

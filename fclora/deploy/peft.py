@@ -27,6 +27,7 @@ from ..adapt import *
 from ..files import *
 from ..outputs import *
 from ..plan import *
+from ..runs.run import *
 from ..runs.folder import *
 from .hub import *
 
@@ -256,6 +257,7 @@ def export_peft(
     if Path(out).is_dir() and any(Path(out).iterdir()) and not force:
         raise ValueError(f'{out} is not empty; name another folder, or give --force')
     cfg = read_config(run)
+    one_label(cfg, 'fclora peft')
     save_peft(run, out, checkpoint=checkpoint)
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'
     print(f"saved in {out}; load it by PeftModel.from_pretrained({base}, {str(out)!r})")

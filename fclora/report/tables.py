@@ -10,7 +10,7 @@ and `markdown_table` print any of them. Nothing here trains a model or loads one
 __all__ = ['balance_row', 'row_name', 'paper_table', 'table_cells', 'markdown_table', 'text_table', 'check_comparable',
            'compare_json', 'compare_table', 'read_compare']
 
-# %% ../../nbs/73_tables.ipynb #a2bf28d6
+# %% ../../nbs/73_tables.ipynb #47b9b1e9
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..plan import *
 from ..calibration.calibrator import *
 from .text import *
 from .seeds import *
+from ..calibration.labels import *
 from ..runs.run import *
 
 # %% ../../nbs/73_tables.ipynb #2c19474b
@@ -56,9 +57,12 @@ def balance_row(
 )->dict: # {row: text}, empty for runs that are older than these numbers
     "What accuracy hides where classes differ in size"
     if 'macro_f1' not in t: return {}
+    if 'mean_average_precision' in t:
+        both = f"{_percent2(t['exact_match'])} / {t['macro_f1']:.4f}"
+        return {'mean average precision':f"{t['mean_average_precision']:.4f}", 'exact matches / macro F1':both}
     return {'balanced accuracy / macro F1':f"{_percent2(t['balanced_accuracy'])} / {t['macro_f1']:.4f}"}
 
-# %% ../../nbs/73_tables.ipynb #99fc3b9d
+# %% ../../nbs/73_tables.ipynb #6dcf5c97
 def _result_rows(metrics):
     "What came out: {row: text}"
     t,s = metrics['test'],metrics['seconds']
@@ -68,7 +72,7 @@ def _result_rows(metrics):
         'test ECE, raw / scaled':raw_and_scaled('ece'),
         'interval of the scaled ECE, 95 %':'{:.4f} to {:.4f}'.format(*t['ece_interval']),
         'noise floor of the ECE':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
-        'smooth ECE, raw / scaled':raw_and_scaled('smooth_ece'), 'temperature':f"{t['T']:.3f}", **promise_rows(t),
+        'smooth ECE, raw / scaled':raw_and_scaled('smooth_ece'), 'temperature':temperature_text(t['T']), **promise_rows(t),
         'class accuracy':f"{t['class_acc_mean']:.2f} ± {t['class_acc_std']:.2f}",
         'seconds, scoring / training / total':' / '.join(_seconds(s.get(k)) for k in ('score','train','total')),
         'peak memory':f"{_number(metrics['peak_memory_mb'], ',.0f')} MB ({metrics['memory_kind']})",

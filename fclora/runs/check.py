@@ -127,7 +127,9 @@ def finding_html(
     o:dict # One finding, with places and names
 )->str: # HTML
     "One finding with its pictures"
-    def shown(place, name, label): return inline_image(images.splits[place[0]][0][place[1]], f'{label} ({shorten(name, 60)})')
+    def shown(place, name, label):
+        end = name if len(name)<=60 else '…'+name[-59:] # the end of a path tells more than its start
+        return inline_image(images.splits[place[0]][0][place[1]], f'{label} ({end})')
     if 'suggested' in o:
         label = f"{o['label']} → {o['suggested']}?"
         return f"<div class=same>{shown(o['places'][0], o['names'][0], label)}</div>"
@@ -168,7 +170,7 @@ def check_html(
     parts = [html_section('Images', f"Pictures of {found['sizes']} pixels. {imbalance_text(images)}", html_table(counts))]
     if found['unreadable']:
         rows = ''.join(f'<li>{escape(f)}: {escape(why)}</li>' for f,why in found['unreadable'][:200])
-        parts.append(html_section('Unreadable', f"{len(found['unreadable']):,} files are left out.", f'<ul>{rows}</ul>'))
+        parts.append(html_section('Unreadable', f"Files left out: {len(found['unreadable']):,}.", f'<ul>{rows}</ul>'))
     same = 'A test or validation image that is also a training image makes results look better than they are; remove one of them.'
     parts.append(pictures_section('The same picture again', f'Identical to the byte. {same}', images, found['exact'], most))
     alike = 'Alike in structure and colours, such as copies that were resized or saved anew. Some may be different pictures.'
@@ -193,6 +195,7 @@ def check(
     out = Path(out or f'{data_name(data)}-check.html')
     if out.suffix.lower()!='.html': raise ValueError(f'--out must be an .html file, got {out}')
     if most<1: raise ValueError(f'--most must be at least 1, got {most}')
+    if kwargs.get('multi_label'): raise ValueError('fclora check looks at images with one label each; leave --multi-label off')
     if labels: images,dls,model,_ = prepare(data, skip_bad=True, quiet=quiet, **kwargs)
     else: images,dls,model = load_images(data, skip_bad=True, progress=not quiet, **pick(load_images, kwargs, ['size'])),None,None
     found = findings(images, dls, model, not quiet)

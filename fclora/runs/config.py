@@ -33,7 +33,7 @@ def is_free(v): # Any value
 
 config_checks = dict(
     status=any_line, method=any_name, classes=Check('at least two different names, valid as UTF-8', is_classes),
-    T=maybe(real_number(.001, 1000)), seed=whole_number(-2**63, 2**63), weights_sha256=a_digest,
+    seed=whole_number(-2**63, 2**63), weights_sha256=a_digest,
     ranks=dict_of(whole_number(0, 2**31)), recipe=Check('an object', is_free), data=Check('an object', is_free),
     model=dict_of(), image=dict_of())
 model_checks = dict(name=any_line, pretrained=a_flag, one_head=a_flag, size=maybe(_pixels), checkpoint=maybe(dict_of()))
@@ -74,11 +74,14 @@ def check_config(
     checked(config, Check('the description of a run, an object nested at most 20 deep', is_free), str(file))
     form = checked_item(config, 'format', whole_number(1), file)
     if form>2: raise ValueError(f'{file} has format {form}, made by a newer fclora; this one reads formats 1 and 2. Update fclora')
-    _check_items(dict(config, T=config.get('T')), config_checks, file)
+    _check_items(config, config_checks, file)
     check_parts_of_model(config, file)
     n,ranks = len(config['classes']),config['ranks']
     two = list_of(list_of(real_number(), n, n), 2, 2)
     checked_item(config, 'probe', Check(f'two lists of {n} numbers', two.test), file)
+    T,one = config.get('T'),real_number(.001, 1000)
+    several = config.get('task')=='multi' and T is not None
+    checked_item(dict(T=T), 'T', list_of(one, n, n) if several else maybe(one), file)
     fitted = dict(vector=config.get('vector'), held_out=config.get('held_out'))
     checked_item(fitted, 'vector', Check(f'a scale and a bias of {n} numbers each, or null', lambda v: is_vector(v, n)), file)
     checked_item(fitted, 'held_out', Check('what held-out images promise, or null', is_held_out), file)
@@ -88,7 +91,7 @@ def check_config(
     return config
 
 # %% ../../nbs/70a_config.ipynb #46306b7b
-deciding_fields = ('format','method','model','classes','image','T','vector','held_out','ranks','adapter','lora_alpha','scaling',
+deciding_fields = ('format','method','model','task','classes','image','T','vector','held_out','ranks','adapter','lora_alpha','scaling',
                    'dropout','probe','weights_sha256')
 
 def config_digest(
@@ -114,9 +117,10 @@ def check_digest(
                          'and one of them is another now; get the folder again from where it came')
 
 # %% ../../nbs/70a_config.ipynb #381b4926
-_measured = ('T','accuracy','class_acc_mean','class_acc_std','nll_raw','nll','brier_raw','brier','ece_raw','ece','ece_floor',
+_measured = ('accuracy','class_acc_mean','class_acc_std','nll_raw','nll','brier_raw','brier','ece_raw','ece','ece_floor',
              'ece_floor_upper')
-table_checks = dict(dict.fromkeys(_measured, real_number()), n=whole_number(1), ece_interval=list_of(real_number(), 2, 2))
+_several = Check('a number, or one for each label', lambda v: all(map(real_number().test, v if isinstance(v, list) else [v])))
+table_checks = dict(dict.fromkeys(_measured, real_number()), T=_several, n=whole_number(1), ece_interval=list_of(real_number(), 2, 2))
 _count,_counts = whole_number(1, 10**15),dict_of(real_number(0))
 params_checks = dict(total=_count, trainable=whole_number(), adapter=whole_number(), paper_pct=real_number())
 result_checks = dict(params=_counts, seconds=_counts, hardware=any_line, memory_kind=any_line, peak_memory_mb=maybe(real_number(0)),

@@ -108,6 +108,7 @@ def cut_run(
     checked(budget, whole_number(*ranges['budget']), '--budget')
     check_ranges(recover=recover)
     folder,old = new_folder(out, f'{Path(run).name}-cut', force),load_run(run, checkpoint, compute_device(device))
+    one_label(old.config, 'fclora cut')
     if old.plan is None: raise ValueError(f"{run} is a run of {old.config['method']}, without a Plan and adapters to cut")
     cut_sites(old.model)
     cfg,images = old.config,images_to_test(None, old.config, data_root=data_root, progress=not quiet)

@@ -8,7 +8,7 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #42b940d6
+# %% ../../nbs/79_evaluate.ipynb #ba35ee55
 import torch
 from ..files import *
 from ..outputs import *
@@ -19,6 +19,7 @@ from ..data.loaders import *
 from ..train.logits import *
 from ..train.views import *
 from ..calibration.calibrator import *
+from ..calibration.labels import *
 from ..report.tables import *
 from .run import *
 from .folder import *
@@ -54,7 +55,8 @@ def images_to_test(
     "The run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==config['data']['source']
     split = config['data'] if own else {}
-    picked = {k:split[k] for k in ('images','label_column','valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked = {k:split[k] for k in ('images','label_column','multi_label','valid_pct','test_pct','seed','limit','classes') if k in split}
+    if config.get('task')=='multi': picked['multi_label'] = True
     picked |= {k:v for k,v in kwargs.items() if v is not None}
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
@@ -63,7 +65,7 @@ def images_to_test(
     has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
 
-# %% ../../nbs/79_evaluate.ipynb #1c4cf35c
+# %% ../../nbs/79_evaluate.ipynb #0797e51e
 def evaluation_rows(
     table:dict # From `measure_calibrated`
 )->dict: # {row: text}
@@ -80,9 +82,9 @@ def evaluation_rows(
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
         'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
-        'temperature':f"{t['T']:.3f}", **promise_rows(t)}
+        'temperature':temperature_text(t['T']), **promise_rows(t)}
 
-# %% ../../nbs/79_evaluate.ipynb #5bc81b58
+# %% ../../nbs/79_evaluate.ipynb #1d068bb1
 def evaluate(
     run:str, # Run folder
     data:str=None, # Data set, folder or table; the run's own test split by default
@@ -104,7 +106,7 @@ def evaluate(
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
     usable_T(config, run)
     if tta: model = Views(model, images.flip and may_flip(config))
-    res = measure_calibrated(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
+    res = measure_task(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
     for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
     return res

@@ -9,7 +9,7 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #54288a0e
+# %% ../../nbs/76_finetune.ipynb #9fd0e96a
 import sys,time,warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +24,7 @@ from ..presets import *
 from ..planning import *
 from ..probes.linear import *
 from ..probes.start import *
+from ..train.imbalance import *
 from ..train.recipe import *
 from ..train.callbacks import *
 from ..train.checkpoint import *
@@ -33,6 +34,7 @@ from ..train.logits import *
 from ..calibration.temperature import *
 from ..calibration.intervals import *
 from ..calibration.calibrator import *
+from ..calibration.labels import *
 from ..report.tables import *
 from ..report.page import *
 from .run import *
@@ -64,7 +66,7 @@ def first_look(self:Job,
     "See what the frozen backbone can do, and start the head from there"
     head,precision = self.rcp['head'],self.rcp['precision']
     with self.step('probe'):
-        if probe: self.look = first_look(model, dls, not self.quiet, precision)
+        if probe: self.look = first_look(model, dls, not self.quiet, precision, counted_weights(self.rcp, dls))
         if head=='probe': start_head(model, self.look.soft) if probe else soft_start(model, dls, precision=precision)
     if probe: self.say(look_text(self.look, len(dls.train_ds), self.rcp['epochs'], head))
 
@@ -126,7 +128,7 @@ def settle(self:Job,
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
-# %% ../../nbs/76_finetune.ipynb #f7e0ce39
+# %% ../../nbs/76_finetune.ipynb #6309f352
 @patch
 def begin(self:Job,
     plan:Plan=None # None for head and full
@@ -142,7 +144,7 @@ def train(self:Job,
     learn # From `fclora_learner`
 ):
     "Train by the recipe and save after every epoch: with bars on a terminal, else with a line an epoch"
-    def loss(logits, targs): return scaled_nll(logits, targs, learn.counted)
+    def loss(logits, targs): return task_nll(logits, targs, learn.counted)
     best = [KeepBest(loss, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
     before = trained_state(learn.model) if best and learn.regime=='full' else {}
     bars = sys.stdout.isatty() and not self.quiet
@@ -159,7 +161,7 @@ def train(self:Job,
     self.history = epochs.history()
     for cb in best: self.settle(learn, cb, before)
 
-# %% ../../nbs/76_finetune.ipynb #b974ee38
+# %% ../../nbs/76_finetune.ipynb #d7498077
 @patch
 def logits(self:Job,
     learn, # Trained
@@ -177,19 +179,12 @@ def calibrate(self:Job,
     asked = pick(fit_calibration, self.options)
     with self.step('calibrate'):
         logits,targs = self.logits(learn, learn.dls.valid, 'validating')
-        found = fit_calibration(logits, targs, seed=self.seed, **asked)
-        self.measured['valid'] = calibration_table(logits, targs, found['T'], vector=found['vector'])
-    self.say(calibration_text(found, len(targs), **asked))
+        found = fit_task(logits, targs, seed=self.seed, **asked)
+        self.measured['valid'] = task_table(logits, targs, found['T'], vector=found['vector'])
+    if targs.ndim==1: self.say(calibration_text(found, len(targs), **asked))
     return found
 
-# %% ../../nbs/76_finetune.ipynb #842e5b4b
-@patch
-def probe_numbers(self:Job)->dict: # Empty where no probe was fitted
-    "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
-    if not self.look: return {}
-    return dict(probe_accuracy=right(*self.look.test), probe_valid_accuracy=self.look.accuracy, start_accuracy=self.look.start_accuracy,
-                probe_valid_nll=scaled_nll(*self.look.valid), probe_strength=self.look.probe.strength)
-
+# %% ../../nbs/76_finetune.ipynb #ed803c89
 @patch
 def measurements(self:Job,
     learn, # Trained
@@ -198,12 +193,12 @@ def measurements(self:Job,
     "Every number of the run"
     mib,kind = peak_memory(learn.dls.device)
     return dict(method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
-        total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **self.probe_numbers(),
+        total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **probe_numbers(self.look),
         resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test,
         peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
-# %% ../../nbs/76_finetune.ipynb #98f12818
+# %% ../../nbs/76_finetune.ipynb #c3078cd4
 @patch
 def evaluate(self:Job,
     learn, # Trained
@@ -212,7 +207,7 @@ def evaluate(self:Job,
 )->Run: # Saved in the run folder
     "One look at the test images"
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
-    metrics = self.measurements(learn, measure_calibrated(logits, targs, calibration))
+    metrics = self.measurements(learn, measure_task(logits, targs, calibration))
     run = self.save(learn, 'done', calibration, metrics)
     tidy(self.out)
     return replace(run, logits=logits, targs=targs, images=images.test[0])

@@ -9,10 +9,10 @@ will happen (`forecast_text`), a folder that is not in use (`new_folder`), and w
 
 # %% auto #0
 __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepare', 'print_profile', 'score', 'recipe_for',
-           'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'peak_memory',
-           'hardware']
+           'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'probe_numbers',
+           'peak_memory', 'hardware']
 
-# %% ../../nbs/72_prepare.ipynb #969e6c97
+# %% ../../nbs/72_prepare.ipynb #8491c298
 import os,platform,resource,sys,warnings
 from inspect import signature
 from pathlib import Path
@@ -48,9 +48,11 @@ from ..backbones import *
 from ..planning import *
 from ..probes.start import *
 from ..probes.depth import *
+from ..probes.linear import *
 from ..train.imbalance import *
 from ..train.recipe import *
 from ..train.ema import *
+from ..calibration.labels import *
 from .run import *
 from .folder import *
 from .asked import *
@@ -86,7 +88,7 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #aae6d25f
+# %% ../../nbs/72_prepare.ipynb #c0824fd5
 def prepare(
     data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
@@ -106,6 +108,7 @@ def prepare(
     head_std:float=.02, # Standard deviation of the fresh head's weights
     images:str=None, # Folder that the paths of a table start from; by default the folder of the table
     label_column:str=None, # Column of a table or dataset with the label, where it cannot be told
+    multi_label:bool=False, # An image of a table or dataset has several labels or none, in one cell, separated by ; or by blanks
     classes:str=None, # Slice of the sorted class names, such as ::2 for every other; all
     limit:str=None, # Most images of train, valid and test, such as 2000,500,3000; all
     quiet:bool=False # No progress bars
@@ -113,8 +116,8 @@ def prepare(
     "Load images and backbone"
     check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
-    split = dict(images=images, label_column=label_column, classes=classes, valid_pct=valid_pct, test_pct=test_pct, seed=seed,
-                 limit=limit, skip_bad=skip_bad)
+    split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
+                 valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
@@ -253,6 +256,15 @@ def clear_run(
 ):
     "Remove the files of an old run, and no others"
     for name in run_files: (Path(out)/name).unlink(missing_ok=True)
+
+# %% ../../nbs/72_prepare.ipynb #fea51d40
+def probe_numbers(
+    look:Look # From `first_look`, or None
+)->dict: # Empty where no probe was fitted
+    "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
+    if not look: return {}
+    return dict(probe_accuracy=right(*look.test), probe_valid_accuracy=look.accuracy, start_accuracy=look.start_accuracy,
+                probe_valid_nll=task_nll(*look.valid), probe_strength=look.probe.strength)
 
 # %% ../../nbs/72_prepare.ipynb #dfe84b4c
 def peak_memory(

@@ -85,7 +85,7 @@ def decisions(
         return res
     return decide
 
-# %% ../../nbs/78_use.ipynb #dd4867ec
+# %% ../../nbs/78_use.ipynb #8488dea4
 def usable_T(
     config:dict, # From `read_config`
     run='the run' # What to call it
@@ -109,9 +109,12 @@ def predict_files(
     if len(x):
         device = next(model.parameters()).device
         with torch.inference_mode(): z = calibrated(model(x.to(device)).float(), config).cpu()
-        p,c = z.softmax(1).topk(min(top_k, z.shape[1]))
+        several = config.get('task')=='multi'
+        probs = z.sigmoid() if several else z.softmax(1)
+        p,c = probs.topk(min(top_k, z.shape[1]))
         readable = [str(f) for f in files if str(f) not in errors]
         decided = decide(z) if decide else [{}]*len(z)
+        if several: decided = [dict(labels=[name for name,o in zip(config['classes'], row) if o>=.5]) for row in probs.tolist()]
         for file,ps,cs,more in zip(readable, p.tolist(), c.tolist(), decided):
             rows[file] = dict(file=file, top=[{'class':config['classes'][i], 'probability':o} for i,o in zip(cs, ps)], **more)
     return [rows[str(f)] for f in files]
@@ -146,7 +149,7 @@ def print_predictions(
         csv.writer(sys.stdout, lineterminator='\n').writerows([header, *cells])
     else: print(aligned([header, *([*words, f'{p:.3f}'] for *words,p in lines)]))
 
-# %% ../../nbs/78_use.ipynb #8ddf8887
+# %% ../../nbs/78_use.ipynb #7aae4c18
 def predict(
     run:str, # Run folder
     *images, # Image files, or folders of them
@@ -167,6 +170,7 @@ def predict(
     files = [file for path in images for file in image_files(path)]
     if not files: raise ValueError('no image named, and none in the folders named')
     config = read_config(run)
+    if (sets, min_confidence, max_error)!=(None, None, None): one_label(config, 'a set or a threshold')
     decide = decisions(config, sets, set_score, lowest_confidence(config, min_confidence, max_error))
     usable_T(config, run)
     model,_ = load_model(run, checkpoint, compute_device(device))
@@ -213,7 +217,7 @@ def divide_head(
         for n,p in model.named_parameters():
             if is_head(n, heads): p /= T
 
-# %% ../../nbs/78_use.ipynb #d6161102
+# %% ../../nbs/78_use.ipynb #6e506826
 def merge_run(
     path, # Run folder
     out, # Folder to write
@@ -222,6 +226,7 @@ def merge_run(
 )->Path: # `out`, which `timm.create_model('local-dir:OUT', pretrained=True)` loads without fclora
     "Write a run as plain timm weights: `model.safetensors` and `config.json`"
     model,config = load_model(path, checkpoint)
+    if calibrated: one_label(config, 'merge --calibrated')
     if calibrated and config.get('vector'):
         raise ValueError('a vector cannot be divided into the head: merge without --calibrated, or use fclora export, which takes it along')
     unload(model, merge=True)

@@ -9,7 +9,7 @@ class equally often instead. Both are for training alone: temperature and test s
 # %% auto #0
 __all__ = ['lopsided', 'weight_rules', 'imbalance_text', 'inverse_frequency', 'effective_number', 'positive', 'read_weights',
            'class_weights', 'WeightedCrossEntropy', 'WeightedLoss', 'train_targs', 'balanced_dls', 'counted_weights',
-           'training_loss']
+           'MultiLabelLoss', 'training_loss']
 
 # %% ../../nbs/49_imbalance.ipynb #d4cb4950
 import math
@@ -31,6 +31,7 @@ def imbalance_text(
     images:Images # From `load_images`
 )->str: # Empty where classes are about equally frequent
     "One line on classes that differ much in their number of training images"
+    if images.train[1].ndim==2: return ''
     n = torch.bincount(images.train[1], minlength=len(images.vocab))
     most,least = int(n.argmax()),int(n.argmin())
     if n[most]<=lopsided*n[least]: return ''
@@ -152,13 +153,42 @@ def counted_weights(
 )->Tensor: # (c,); None where all images count the same
     "How much training counts an image of each class, by weights or by the sampler"
     rule = 'inverse' if rcp.get('balanced') else rcp.get('class_weights', 'none')
-    return None if rule=='none' else class_weights(rule, train_targs(dls), dls.vocab)
+    if rule=='none': return None
+    if train_targs(dls).ndim==2:
+        raise ValueError('class_weights and balanced are for one label an image; leave them off where images have several')
+    return class_weights(rule, train_targs(dls), dls.vocab)
 
 # %% ../../nbs/49_imbalance.ipynb #56e3071c
+class MultiLabelLoss(nn.Module):
+    "Binary cross-entropy of every label, the mean over labels; smoothing moves each target towards .5"
+    y_int = True # CutMix mixes the losses of both images, which is the loss of the mixed targets
+    def __init__(self,
+        eps:float=0. # Label smoothing: yes becomes 1-eps/2, no eps/2
+    ):
+        super().__init__()
+        self.eps,self.reduction = eps,'mean'
+    def forward(self, logits, targs):
+        logits,targs = logits.as_subclass(Tensor),targs.as_subclass(Tensor) # of plain tensors, whatever fastai calls them
+        smooth = targs.to(logits.dtype)*(1-self.eps)+self.eps/2
+        loss = F.binary_cross_entropy_with_logits(logits, smooth, reduction='none').mean(1)
+        return loss if self.reduction=='none' else loss.sum() if self.reduction=='sum' else loss.mean()
+    def activation(self,
+        out # (n, c) logits
+    ):
+        "Probability of every label"
+        return out.sigmoid()
+    def decodes(self,
+        out # (n, c) logits
+    ):
+        "Labels that are more probable than not"
+        return out>0
+
 def training_loss(
     rcp:dict, # From `recipe`
     dls # fastai `DataLoaders` that it trains on
 ): # Loss function, as fastai wants it
     "The loss that `rcp` asks for"
+    y = getattr(dls.train_ds, 'y', None)
+    if isinstance(y, Tensor) and y.ndim==2: return MultiLabelLoss(rcp['smoothing'])
     if rcp.get('class_weights', 'none')=='none': return LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing'])
     return WeightedLoss(counted_weights(rcp, dls), rcp['smoothing'])

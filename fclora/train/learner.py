@@ -23,7 +23,7 @@ from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
-from fastai.metrics import accuracy
+from fastai.metrics import accuracy,accuracy_multi
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
@@ -174,6 +174,7 @@ def fclora_learner(
     if regime=='adapters': check_ema(rcp.get('ema'), plan.adapter)
     rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
     loss,counted = training_loss(rcp, dls),counted_weights(rcp, dls)
+    if metrics is accuracy and isinstance(loss, MultiLabelLoss): metrics = accuracy_multi
     set_seed(seed)
     make_trainable(model, plan, dls, seed)
     if rcp.get('balanced'): dls = balanced_dls(dls)
