@@ -10,16 +10,28 @@ Modules:
 - `fclora.allocators.controls`: Allocators that a measured allocation has to beat at the same budget
 - `fclora.allocators.waterfill`: Spend a fixed budget of ranks where the scores are highest, exactly
 - `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
+- `fclora.calibration.abstain`: Answer where the model is sure enough, and leave the other images to a person
+- `fclora.calibration.calibrator`: Validation images in two halves: one makes the calibrator, the other what can be promised with it
 - `fclora.calibration.ece`: Samples in bins of equal confidence: how far what they claim lies from what they keep
 - `fclora.calibration.intervals`: The ECE that a perfect model would show, an interval for a measured one, and the table that a run stores
+- `fclora.calibration.labels`: Temperature and numbers where an image may have several labels, or none
 - `fclora.calibration.reliability`: Confidence against accuracy, before and after the temperature, with the counts beneath
+- `fclora.calibration.sets`: In place of one class, a few that hold the true one in 90 or 95 of 100 images
+- `fclora.calibration.smooth_ece`: A calibration error without bins
 - `fclora.calibration.temperature`: One temperature so that confidence means accuracy
+- `fclora.calibration.vector`: A factor and an offset for every class, where the validation images show that this helps
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
+- `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
+- `fclora.data.folders`: One folder a class, directly or in train/, val/ and test/
+- `fclora.data.hf`: A dataset saved on disk, or one of the Hub by its name, as rows of images and labels
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
+- `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
-- `fclora.data.sources`: Digits, CIFAR or a folder of images, every file checked before hours are spent
+- `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
+- `fclora.data.walk`: The files below a folder, whatever links lie in between, and every real one once
 - `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
 - `fclora.deploy.demo`: A page on this machine that classifies the picture dropped on it
 - `fclora.deploy.hub`: Runs on the Hugging Face Hub: a card with measured numbers, upload, and download with every check
@@ -34,6 +46,7 @@ Modules:
 - `fclora.lora`: A small trained update beside a large frozen weight, and the contract of every adapter
 - `fclora.make_plan`: Score, allocate, and write the result down
 - `fclora.options`: The parameters of a function, written down as options of a command
+- `fclora.outputs`: Can the result be written? Tried before the hours of work, not after them
 - `fclora.plan`: Which site gets which rank, why, and everything that is needed to build the adapted model again
 - `fclora.plan_file`: What a Plan's JSON may hold, field by field, and how the first format is read
 - `fclora.planning`: Find the sites, measure them on a few batches, allocate the ranks, forecast the cost
@@ -43,16 +56,26 @@ Modules:
 - `fclora.probes.features`: What the frozen backbone hands to its head, for every image, computed once
 - `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
+- `fclora.probes.suspects`: Images whose label a probe contradicts with confidence, though it has seen all the others
+- `fclora.ranges`: The lowest and the highest value of every numeric option, in one table
+- `fclora.report.html`: Tables, pictures and commands as HTML that needs nothing else
+- `fclora.report.making`: On what a model fails, how it was made, what it costs, and the commands to use it and to repeat it
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
+- `fclora.report.sections`: What a colleague asks of a model, one section for each question
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.runs.asked`: Options that cannot be, or that contradict one another, before an image is read
+- `fclora.runs.check`: What is wrong with a set of images before anything is trained, as a table and a page with the pictures
+- `fclora.runs.claim`: One process at a time, the old run until the new one is done, and all that is needed to go on after a stop
 - `fclora.runs.compare`: Several methods, several seeds, one table
+- `fclora.runs.config`: What a run's description may hold, field by field, and the digest that notices a change
 - `fclora.runs.cut_run`: A finished run cut down to fewer ranks, and measured before, after, and after a few steps of recovery
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
+- `fclora.runs.job`: What was asked for, with its clock and its folder
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
 - `fclora.runs.run`: What one fine-tuning decided and measured
 - `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
@@ -84,10 +107,15 @@ Modules:
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it
 - `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
+- `fclora.train.checkpoint`: Stop a training at any step and go on later, to the same weights bit for bit
+- `fclora.train.ema`: A moving average of the weights that train, which is what is validated, kept and tested
 - `fclora.train.fallback`: Where training has not helped, the linear probe is the result
+- `fclora.train.imbalance`: Weights for rare classes in the training loss, and a sampler that shows every class equally often
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image
+- `fclora.train.minutes`: As many epochs as fit in the minutes that there are, and a schedule that comes to its end
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary
-- `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away"""
+- `fclora.train.schedules`: Change the ranks while a model trains: prune, grow, or take adapters away
+- `fclora.train.views`: Test-time augmentation: ask the model several times about one image, and average"""
 
 __version__ = "0.3.0"

@@ -8,17 +8,16 @@ here. `image_config` says how a model wants its images."""
 
 # %% auto #0
 __all__ = ['default_cfgs', 'offline_hint', 'vit_pico', 'default_model', 'check_arch', 'is_offline', 'is_cached', 'check_weights',
-           'pretrained_model', 'read_weights', 'load_weights', 'SingleHeadDistilled', 'single_head', 'init_head',
-           'create_backbone', 'image_config']
+           'pretrained_model', 'first_line', 'read_weights', 'load_weights', 'SingleHeadDistilled', 'single_head',
+           'init_head', 'create_backbone', 'image_config']
 
 # %% ../nbs/44_backbones.ipynb #445bfcd6
-import os, pickle, socket, sys
+import os, socket, sys
 import timm, torch
 from difflib import get_close_matches
 from huggingface_hub import try_to_load_from_cache
 from importlib.resources import files
 from pathlib import Path
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -107,6 +106,12 @@ def pretrained_model(
         raise ConnectionError(f'the weights of {name} cannot be downloaded ({why}); {offline_hint}') from e
 
 # %% ../nbs/44_backbones.ipynb #66381fd1
+def first_line(
+    e:Exception # Of any kind
+)->str:
+    "What `e` says, on one line"
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
 def read_weights(
     path # safetensors, or a `.pth` that needs no pickled code
 )->dict: # {name: tensor}
@@ -116,11 +121,13 @@ def read_weights(
     try:
         if path.suffix=='.safetensors': state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path} cannot be read as weights alone: {str(e).splitlines()[0]}') from None
+    except Exception as e: # torch's reader raises nearly every kind
+        raise ValueError(f'{path} cannot be read as weights alone: {first_line(e)}') from None
     if not isinstance(state, dict): raise ValueError(f'{path} holds a {type(state).__name__}, not weights by name')
     for k in ('model','state_dict'):
         if isinstance(state.get(k), dict): state = state[k]
+    odd = {k:type(v).__name__ for k,v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))}
+    if odd or not state: raise ValueError(f'{path} does not hold tensors by name alone: {str(odd)[:80] if odd else "it is empty"}')
     return {k.removeprefix('module.'):v for k,v in state.items()}
 
 # %% ../nbs/44_backbones.ipynb #fdafb00f
@@ -131,7 +138,9 @@ def load_weights(
     "Load the backbone of `model` from a local file"
     state = read_weights(path)
     to_timm = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-    if to_timm: state = to_timm(state, model)
+    if to_timm:
+        try: state = to_timm(state, model)
+        except Exception as e: raise ValueError(f'{path} does not fit {type(model).__name__}: {first_line(e)}') from None
     heads = head_names(model)
     own = {k:v for k,v in model.state_dict().items() if not is_head(k, heads)}
     state = {k:v for k,v in state.items() if not is_head(k, heads)}
@@ -187,7 +196,10 @@ def create_backbone(
     kwargs = dict(num_classes=n_classes)
     if size: kwargs['img_size'] = size
     create = pretrained_model if pretrained and not checkpoint else timm.create_model
-    model = create(name, **kwargs)
+    try: model = create(name, **kwargs)
+    except (TypeError, AssertionError, ArithmeticError, RuntimeError) as e: # timm's models object to a size in many ways
+        if not size: raise
+        raise ValueError(f'{name} cannot be built for images of {size} px: {first_line(e)}') from None
     if checkpoint: load_weights(model, checkpoint)
     if one_head: single_head(model)
     return init_head(model, head_std)

@@ -132,6 +132,7 @@ def check_parts(
                                (adapters, parts.adapter, 'adapter'), (initialisers, parts.init, 'init')):
         registered(registry, name, what)
     for package,extra in getattr(allocators[parts.allocator], 'packages', {}).items(): require(package, extra=extra)
+    if parts.weights: checked_weights(parts.weights)
     values = dict(values, scaling=parts.scaling if values.get('scaling') is None else values['scaling'])
     for k,v in values.items(): checked(v, plan_checks[k], k)
     if isinstance(values['scaling'], str): registered(scalings, values['scaling'], 'scaling')

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from .find import *
 from .adapt import *
 from .files import *
+from .ranges import *
 from .scorers.measure import *
 from .scorers.composite import *
 from .scorers.warmup import *
@@ -138,7 +139,7 @@ def plan_model(
     progress:bool=False # Show a progress bar?
 )->Plan:
     "Score the sites of `model` on the training images where `method` needs it, and allocate ranks"
-    if not 0<=settle<1: raise ValueError(f'settle must be at least 0 and below 1, got {settle}')
+    check_ranges(**locals())
     if rslora is not None: scaling = 'sqrt' if rslora else 'rank'
     if isinstance(weights, str): weights = parse_weights(weights)
     sites = find_sites(model, tuple(kinds.split(',')), include, from_block)

@@ -206,7 +206,7 @@ def test_what_stops_a_part_keeps_those_before(quick, tmp_path, monkeypatch):
     assert list(json.loads((tmp_path/'b.json').read_text()))==['scoring']
 
 @pytest.mark.parametrize('args,piece', [(dict(parts='step,speed'), "unknown part 'speed'"), (dict(parts=','), 'names none'), (dict(model='vit_pica'), 'did you mean'),
-    (dict(model='resnet18'), 'plain vision transformers'), (dict(batch_size=0), '--batch-size must be at least 1, got 0'), (dict(steps=0), '--steps'), (dict(warmup=-1), '--warmup'),
+    (dict(model='resnet18'), 'plain vision transformers'), (dict(batch_size=0), '--batch-size must be a whole number in 1..65536, got 0'), (dict(steps=0), '--steps'), (dict(warmup=-1), '--warmup'),
     (dict(rank=0), '--rank'), (dict(rank=999), 'rank of blocks.0.attn.qkv.q must be'), (dict(threads=0), '--threads'), (dict(models='vit_pico,vit_nano', parts='sweep'), 'no model')])
 def test_bad_input_is_one_clear_error_before_anything_runs(args, piece, monkeypatch):
     def ran(*a): raise AssertionError('it ran')

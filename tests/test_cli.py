@@ -1,11 +1,11 @@
 "The commands end to end, as a user runs them"
-import csv, json, shlex, shutil, signal, subprocess, sys, time
+import csv, json, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from PIL import Image
 from conftest import QUICK, fclora, make_images
 import fclora as package
-from fclora.cli import command_table, commands, main
+from fclora.cli import command_table, command_themes, commands, main, parser, usage
 from fclora.data.pixels import to_input
 from fclora.data.sources import load_images
 from fclora.report import page
@@ -260,6 +260,32 @@ def test_help_names_every_option(capsys):
 def test_commands_json_is_what_the_functions_say():
     from fclora.options import command_specs
     assert command_table()==json.loads(json.dumps(command_specs(commands))), 'run the notebook 90_cli again'
+
+def test_help_shows_every_option_under_its_theme():
+    from fclora.options import themes
+    used = set()
+    for cmd in commands:
+        lines,shown,theme = parser(cmd).format_help().splitlines(),{},None
+        for line in lines:
+            if line.endswith(':') and line[0]!=' ': theme = line[:-1]
+            for flag in re.findall(r'^  (?:-h, )?(--[\w-]+)', line): shown[flag.removeprefix('--no-').removeprefix('--').replace('-', '_')] = theme
+        wanted = {o['name'].removeprefix('no_'):o['theme'] for o in command_table()[cmd]['options'] if o['kind'] not in ('place','maybe','many')}
+        assert {k:v for k,v in shown.items() if v!='Help'}==wanted and set(wanted.values())<=set(themes), cmd
+        assert lines[0].startswith(f'usage: fclora {cmd}') and lines[0].endswith('[options]')
+        used |= {o['name'] for o in command_table()[cmd]['options']}
+    assert not set(' '.join(themes.values()).split())-used
+
+def test_fclora_help_groups_the_commands():
+    text = usage()
+    for theme,group in command_themes.items(): assert text.index(f'\n{theme}:\n')<min(text.index(f'\n  {cmd} ') for cmd in group)
+    assert [cmd for group in command_themes.values() for cmd in group]==list(commands)
+
+def test_an_option_without_a_theme_is_refused():
+    from fclora.options import command_spec
+    def paint(size:int=3, # Side
+              colour:str='red' # Of the brush
+    ): "Paint"
+    with pytest.raises(ValueError, match="'colour' has no theme; enter it in the themes of the page 89_options"): command_spec(paint)
 
 SLOW = ['torch','fastai','timm','numpy','pandas','matplotlib','sklearn','scipy','fastcore']
 

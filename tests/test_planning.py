@@ -57,9 +57,9 @@ def test_scoring_ends_early_only_when_asked_to(model, dls):
     assert used(settle=.9, score_batches=12)==12   # too few to compare
 
 @pytest.mark.parametrize('kw,piece', [
-    (dict(settle=-.1), 'settle must be at least 0'),
-    (dict(settle=1), 'settle must be at least 0'),
-    (dict(settle=float('nan')), 'settle must be at least 0'),
+    (dict(settle=-.1), '--settle must be a number'),
+    (dict(settle=1), '--settle must be a number'),
+    (dict(settle=float('nan')), '--settle must be a number'),
     (dict(weights='hessian=1'), "no metric 'hessian'"), (dict(init='svd'), "unknown init 'svd'; there are kaiming, orthogonal, eva"),
     (dict(allocator='best'), "unknown allocator 'best'; there are waterfill"), (dict(adapter='dora?'), "unknown adapter 'dora\\?'"),
     (dict(normaliser='z'), "unknown normaliser 'z'; there are minmax, rank, log"),

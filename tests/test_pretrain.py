@@ -49,7 +49,7 @@ def test_bad_folders_are_refused(data, tmp_path, capsys):
     other = shutil.copytree(data, tmp_path/'data')
     shutil.rmtree(other/'val'/'ant')
     (other/'train'/'bee'/'0.png').write_bytes(b'no image')
-    for args,word in ((['--classes', '3:'], 'at least two'), (['--minutes', '0'], 'minutes must be positive'), ([], 'cannot be read')):
+    for args,word in ((['--classes', '3:'], 'at least two'), (['--minutes', '0'], '--minutes must be a number'), ([], 'cannot be read')):
         assert main(['pretrain', str(other), str(tmp_path/'w.safetensors'), '--quiet', *args])==1
         assert word in capsys.readouterr().err
     (other/'train'/'bee'/'0.png').unlink()

@@ -8,7 +8,8 @@ images, and `calibrated` applies it."""
 
 # %% auto #0
 __all__ = ['calibrators', 'halves_from', 'check_calibrator', 'halves', 'fit_calibration', 'calibration_text', 'calibrated',
-           'promises_kept', 'measure_calibrated', 'promise_rows', 'is_vector', 'is_held_out']
+           'promises_kept', 'measure_calibrated', 'fit_task', 'measure_task', 'promise_rows', 'is_vector',
+           'is_held_out']
 
 # %% ../../nbs/62c_calibrator.ipynb #cac841bd
 import math,torch
@@ -18,6 +19,7 @@ from .vector import *
 from .intervals import *
 from .sets import *
 from .abstain import *
+from .labels import *
 
 # %% ../../nbs/62c_calibrator.ipynb #c6798775
 calibrators = ('temperature','vector')
@@ -80,6 +82,7 @@ def calibrated(
     config:dict # With `T`, and perhaps `vector`: a run's, or from `fit_calibration`
 )->Tensor: # (n, c), whose softmax is calibrated
     "Logits after a run's calibrator; as they are where it has none yet"
+    if isinstance(config.get('T'), list): return logits/torch.tensor(config['T'], dtype=logits.dtype, device=logits.device)
     return calibrated_logits(logits, config.get('T') or 1., config.get('vector'))
 
 # %% ../../nbs/62c_calibrator.ipynb #c32718a2
@@ -102,6 +105,24 @@ def measure_calibrated(
     z,held = calibrated(torch.as_tensor(logits).double(), config),config.get('held_out')
     table = calibration_table(logits, targs, config.get('T') or 1., vector=config.get('vector'))
     return dict(table, aurc=aurc(z, targs), **(promises_kept(z, targs, held) if held else {}))
+
+# %% ../../nbs/62c_calibrator.ipynb #62c00002
+def fit_task(
+    logits:Tensor, # (n, c) of validation images
+    targs:Tensor, # (n,) classes, or (n, c) zeros and ones
+    **kwargs # Of `fit_calibration`
+)->dict: # As from `fit_calibration`; `T` is a list where an image has several labels
+    "What suits one label an image, or several"
+    if targs.ndim==1: return fit_calibration(logits, targs, **kwargs)
+    return dict(T=class_temperatures(logits, targs), vector=None, held_out=None)
+
+def measure_task(
+    logits:Tensor, # (n, c) of test images
+    targs:Tensor, # (n,) classes, or (n, c) zeros and ones
+    config:dict # As for `measure_calibrated`
+)->dict: # As `measure_calibrated` or `task_table`
+    "Every number of a run on test images, with one label an image or several"
+    return measure_calibrated(logits, targs, config) if targs.ndim==1 else task_table(logits, targs, config.get('T') or 1.)
 
 # %% ../../nbs/62c_calibrator.ipynb #29bdef60
 def promise_rows(

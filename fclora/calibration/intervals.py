@@ -9,9 +9,10 @@ after the temperature as plain data for a run folder."""
 # %% auto #0
 __all__ = ['check_level', 'ece_floor', 'bootstrap_gaps', 'ece_interval', 'plain_bins', 'calibration_table']
 
-# %% ../../nbs/62_intervals.ipynb #3b47596d
+# %% ../../nbs/62_intervals.ipynb #ec8394ea
 import math
 import numpy as np
+from sklearn.metrics import f1_score
 from torch import Tensor
 from .temperature import *
 from .vector import *
@@ -92,7 +93,7 @@ def plain_bins(
     "The bins as plain numbers, ready for JSON"
     return {name:[None if math.isnan(o) else o for o in col.tolist()] for name,col in table.items()}
 
-# %% ../../nbs/62_intervals.ipynb #a7c5a355
+# %% ../../nbs/62_intervals.ipynb #28ab1692
 def calibration_table(
     logits:Tensor, # (n, c) of samples that `T` was not fitted on
     targs:Tensor, # (n,) class numbers
@@ -111,6 +112,7 @@ def calibration_table(
     res = dict(n=len(y), T=float(T), calibrator='vector' if vector else 'temperature', n_bins=int(n_bins))
     res.update(accuracy_raw=top1(x, y), accuracy=top1(after, y))
     res.update(class_acc_mean=accs.mean().item(), class_acc_std=accs.std(correction=0).item())
+    res.update(balanced_accuracy=res['class_acc_mean'], macro_f1=float(f1_score(y, after.argmax(1), average='macro', zero_division=0)))
     for suffix,z,t in (('_raw',x,1.), ('',after,t)):
         for f in (nll,brier,smooth_ece): res[f.__name__+suffix] = f(z, y, t)
         for f in (ece,adaptive_ece,classwise_ece,mce): res[f.__name__+suffix] = f(z, y, t, n_bins)

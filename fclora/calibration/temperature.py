@@ -179,10 +179,14 @@ def fit_temperature(
 # %% ../../nbs/60_temperature.ipynb #39e7ae91
 def scaled_nll(
     logits, # (n, c)
-    targs # (n,)
+    targs, # (n,)
+    weight=None # (c,) what each class counts in the mean; the temperature is fitted without
 )->float:
     "Mean loss at the temperature that suits these logits best: what calibration will make of them"
-    return nll(logits, targs, fit_temperature(logits, targs))
+    T = fit_temperature(logits, targs)
+    if weight is None: return nll(logits, targs, T)
+    x,y = check_logits(logits, targs)
+    return F.cross_entropy(x/T, y, weight=weight.double()).item()
 
 # %% ../../nbs/60_temperature.ipynb #85e66648
 class Calibrated(nn.Module):

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Transform
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import Category, CategoryMap, Normalize
+from fastai.data.transforms import Category, CategoryMap, MultiCategory, Normalize
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 import fastai.vision.data # noqa: F401 (show_batch for images)
@@ -36,7 +36,7 @@ class ImageSet:
     n_inp = 1
     def __init__(self,
         x, # uint8 (n, 3, s, s), or a list of n files
-        y, # int64 (n,), or None without targets
+        y, # int64 (n,), or (n, c) zeros and ones for several labels, or None without targets
         vocab, # Class names
         size:int, # Side of the model's input
         interpolation:str='bicubic', # Of the model's input
@@ -54,7 +54,8 @@ class ImageSet:
         full=True # Asked by fastai, not used
     ):
         "Image and class name, for fastai to show"
-        return (o[0],) + tuple(Category(self.vocab[i]) for i in o[1:])
+        def named(y): return Category(self.vocab[y]) if y.ndim==0 else MultiCategory([self.vocab[i] for i in y.nonzero()[:,0]])
+        return (o[0],) + tuple(named(torch.as_tensor(y)) for y in o[1:])
     @property
     def items(self): return L((self,i) for i in range(len(self)))
 
@@ -110,13 +111,16 @@ class ImageDL(TfmdDL):
         dataset, # `ImageSet`
         seed=0, # Of the order
         num_workers=0, # Processes that decode files; not used for pixels in memory
+        wgts=None, # n chances to be drawn, with replacement, where it shuffles; each image once by default
         **kwargs
     ):
         state = random.getstate()
         super().__init__(dataset, num_workers=0 if dataset.in_memory else num_workers, **kwargs)
         random.setstate(state)
-        self.seed,self.rng = seed,random.Random(seed)
+        self.seed,self.rng,self.wgts = seed,random.Random(seed),wgts
         self.fake_l.generator = torch.Generator().manual_seed(seed)
+    def shuffle_fn(self, idxs):
+        return super().shuffle_fn(idxs) if self.wgts is None else self.rng.choices(idxs, self.wgts, k=len(idxs))
     def create_batches(self, samps):
         for o in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(o)
     def new(self, dataset=None, cls=None, **kwargs):

@@ -12,6 +12,7 @@ __all__ = ['describe', 'demo_app', 'demo']
 from pathlib import Path
 import torch
 from ..files import *
+from ..ranges import *
 from ..data.pixels import *
 from ..calibration.calibrator import *
 from ..runs.folder import *
@@ -78,8 +79,9 @@ def demo(
     device:str=None # cpu, cuda, ...
 ):
     "Open a page on this machine that classifies the picture dropped on it"
+    check_ranges(port=port)
     app = demo_app(run, checkpoint, compute_device(device))
-    _,url,public = app.launch(server_port=port, share=share, inbrowser=open, prevent_thread_lock=True, quiet=True,
+    _,url,public = app.launch(server_name='127.0.0.1', server_port=port, share=share, inbrowser=open, prevent_thread_lock=True, quiet=True,
                               footer_links=[])
     print(f'{run} at {public or url}; Ctrl-C ends it', flush=True)
     app.block_thread()

@@ -186,6 +186,7 @@ def push_to_hub(
 )->str: # Its address
     "Upload a run, with a card"
     cfg,card = read_config(run),Path(run)/'README.md'
+    one_label(cfg, 'fclora push')
     with _hub_errors(repo_id, 'upload to'):
         validate_repo_id(repo_id)
         if not (token or get_token()):

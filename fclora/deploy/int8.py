@@ -14,11 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
 from ..files import *
+from ..outputs import *
 from ..data.images import *
 from ..data.pixels import *
 from ..data.loaders import *
 from ..calibration.temperature import *
 from ..calibration.ece import *
+from ..runs.run import *
 from ..runs.folder import *
 from ..runs.evaluate import *
 from .onnx import *
@@ -78,6 +80,7 @@ def export_int8(
 ): # DataFrame as from `onnx_table`, rows fp32 and int8
     "Write a run as ONNX in 8 bits, and measure it beside 32 bits"
     cfg = run[1] if isinstance(run, (tuple,list)) else read_config(run)
+    one_label(cfg, 'fclora export')
     try: images = images_to_test(data, cfg, skip_bad, data_root=data_root, progress=False)
     except OSError as e:
         raise FileNotFoundError(f'int8 is measured on test images, and those of the run are not here ({e}): '
@@ -106,6 +109,7 @@ def export(
     if format not in export_formats: raise ValueError(f"--format must be {', '.join(export_formats)}, got {format!r}")
     suffix,f = export_formats[format]
     if Path(out).suffix!=suffix: raise ValueError(f'a file of --format {format} must end in {suffix}, got {out}')
+    check_out_file(out)
     if Path(out).exists() and not force: raise ValueError(f'{out} exists; name another file, or replace it with --force')
     given = pick(f, dict(data=data, data_root=data_root, skip_bad=skip_bad))
     res = f(run, out, calibrated, probs, checkpoint=checkpoint, **given)

@@ -10,7 +10,7 @@ ONNX needs an extra: `pip install 'fclora[onnx]'`."""
 __all__ = ['Deployed', 'need_T', 'deployed', 'metadata', 'merged_copy', 'random_pixels', 'check_same', 'export_program',
            'onnx_model', 'export_onnx']
 
-# %% ../../nbs/82_onnx.ipynb #12e14186
+# %% ../../nbs/82_onnx.ipynb #a473c245
 import json
 from copy import deepcopy
 from io import BytesIO
@@ -22,6 +22,7 @@ from .. import __version__
 from ..adapt import *
 from ..files import *
 from ..calibration.vector import *
+from ..runs.run import *
 from ..runs.folder import *
 
 # %% ../../nbs/82_onnx.ipynb #bacd5060
@@ -42,12 +43,13 @@ class Deployed(nn.Module):
         out = self.model((x.float()/255-self.mean)/self.std)
         return out.softmax(1) if self.probs else out
 
-# %% ../../nbs/82_onnx.ipynb #68e65701
+# %% ../../nbs/82_onnx.ipynb #195ea498
 def need_T(
     config:dict, # Of a run
     run='the run' # What to call it
 ):
-    "Raise unless the run was trained to its end and has a temperature"
+    "Raise unless the run was trained to its end and has a temperature, one for all classes"
+    one_label(config, 'this command')
     if not config['T']:
         raise ValueError(f"{run} was stopped at {config['status']} and has no temperature: train it to the end first")
 

@@ -25,7 +25,9 @@ from ..lora import *
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
 from ..plan import *
+from ..runs.run import *
 from ..runs.folder import *
 from .hub import *
 
@@ -243,7 +245,7 @@ def plan_of(
     return Plan(name or type(model).__name__, sites, ranks, sum(ranks.values()), method='peft', hi=max(ranks.values()),
                 adapter=_adapter_name(first), scaling=scaling, dropout=first.dropout_p)
 
-# %% ../../nbs/81_peft.ipynb #f6886fc7
+# %% ../../nbs/81_peft.ipynb #a1b3cae4
 def export_peft(
     run:str, # Run folder
     out:str, # Folder to write
@@ -251,9 +253,11 @@ def export_peft(
     force:bool=False # Write into a folder that is not empty
 )->Path:
     "Write the adapters of a run in PEFT's format"
+    check_out_folder(out)
     if Path(out).is_dir() and any(Path(out).iterdir()) and not force:
         raise ValueError(f'{out} is not empty; name another folder, or give --force')
     cfg = read_config(run)
+    one_label(cfg, 'fclora peft')
     save_peft(run, out, checkpoint=checkpoint)
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'
     print(f"saved in {out}; load it by PeftModel.from_pretrained({base}, {str(out)!r})")

@@ -55,11 +55,13 @@ def folded(
 # %% ../../nbs/46_probe.ipynb #43f4e1b7
 def mean_loss(
     logits:torch.Tensor, # (n, c)
-    targs:torch.Tensor # (n,) classes, or (n, c) zeros and ones where an image has several labels
+    targs:torch.Tensor, # (n,) classes, or (n, c) zeros and ones where an image has several labels
+    weight:torch.Tensor=None # (c,) what an image of each class counts; 1 by default
 )->torch.Tensor: # ()
     "Cross-entropy, or binary cross-entropy where an image has several labels"
-    if targs.ndim==1: return F.cross_entropy(logits, targs)
-    return F.binary_cross_entropy_with_logits(logits, targs.float())
+    if targs.ndim>1: return F.binary_cross_entropy_with_logits(logits, targs.float())
+    if weight is None: return F.cross_entropy(logits, targs)
+    return (F.cross_entropy(logits, targs, reduction='none')*weight.to(logits.device)[targs]).mean()
 
 def fit_linear(
     Z:torch.Tensor, # (n, d) standardised features
@@ -68,23 +70,24 @@ def fit_linear(
     strength:float, # The loss is `mean_loss` plus `strength/2` times the squared norm of the weights
     start:tuple=None, # weight and bias to start from, zeros by default
     steps:int=100, # At most, of L-BFGS
-    rows:int=2**14 # Of features in one product
+    rows:int=2**14, # Of features in one product
+    weight:torch.Tensor=None # As for `mean_loss`
 )->tuple: # weight (c, d), bias (c,)
     "Regularised logistic regression by L-BFGS, on the device of `Z`"
-    weight,bias = start or (torch.zeros(c, Z.shape[1], device=Z.device), torch.zeros(c, device=Z.device))
-    weight,bias = weight.clone().requires_grad_(),bias.clone().requires_grad_()
-    opt = torch.optim.LBFGS([weight,bias], max_iter=steps, history_size=10, line_search_fn='strong_wolfe')
+    w,b = start or (torch.zeros(c, Z.shape[1], device=Z.device), torch.zeros(c, device=Z.device))
+    w,b = w.clone().requires_grad_(),b.clone().requires_grad_()
+    opt = torch.optim.LBFGS([w,b], max_iter=steps, history_size=10, line_search_fn='strong_wolfe')
     def closure():
         opt.zero_grad()
-        total = strength/2*weight.square().sum()
+        total = strength/2*w.square().sum()
         total.backward()
         for z,y in zip(Z.split(rows), targs.split(rows)):
-            loss = mean_loss(z@weight.T+bias, y)*len(z)/len(Z)
+            loss = mean_loss(z@w.T+b, y, weight)*len(z)/len(Z)
             loss.backward()
             total = total.detach()+loss.detach()
         return total
     with torch.enable_grad(): opt.step(closure)
-    return weight.detach(),bias.detach()
+    return w.detach(),b.detach()
 
 # %% ../../nbs/46_probe.ipynb #215b6d39
 strengths = tuple(10**(-k/2) for k in range(-1, 8)) # 3.2 to 0.0003
@@ -107,14 +110,15 @@ def held_out(
     strengths:tuple=strengths, # To be tried, from strong to weak; each starts where the last one ended
     folds:int=5, # To cut the images into
     tried:int=None, # Folds that are really left out, all by default
-    steps:int=50 # At most, of L-BFGS at one strength
+    steps:int=50, # At most, of L-BFGS at one strength
+    weight:torch.Tensor=None # As for `mean_loss`
 )->torch.Tensor: # (strengths, images, c): logits of every image that was left out
     "Logits for images by regressions that were not fitted to them"
     fold,logits = fold_numbers(targs, folds),[]
     for k in range(tried or folds):
         out,found,path = (fold==k).to(Z.device),None,[]
         for s in strengths:
-            found = fit_linear(Z[~out], targs[~out], c, s, found, steps)
+            found = fit_linear(Z[~out], targs[~out], c, s, found, steps, weight=weight)
             path.append(Z[out]@found[0].T+found[1])
         logits.append(torch.stack(path))
     return torch.cat(logits, 1)
@@ -139,7 +143,7 @@ def held_out_table(
     logits = held_out(Z, targs, c, **kwargs)
     fold = fold_numbers(targs, kwargs.get('folds', 5))
     ys = torch.cat([targs[fold==k] for k in range(kwargs.get('tried') or kwargs.get('folds', 5))])
-    return [dict(strength=s, nll=mean_loss(l, ys).item(), accuracy=right(l, ys)) for s,l in zip(tried, logits)]
+    return [dict(strength=s, nll=mean_loss(l, ys, kwargs.get('weight')).item(), accuracy=right(l, ys)) for s,l in zip(tried, logits)]
 
 # %% ../../nbs/46_probe.ipynb #64e1db0e
 def search_effort(
@@ -155,15 +159,16 @@ def fit_probe(
     X:torch.Tensor, # (n, heads, d) features of the training images
     targs:torch.Tensor, # As for `mean_loss`
     c:int, # Classes
-    device='cpu' # To compute on
+    device='cpu', # To compute on
+    weight:torch.Tensor=None # As for `mean_loss`
 )->Probe:
     "The logistic regression of each head with the strength that cross-validation chose"
     mean,std = spread(X)
     Z,ys = ((X-mean)/std).to(device),targs.to(device)
     effort = search_effort(len(Z), Z.shape[2], c)
-    table = held_out_table(Z[:,0], ys, c, **effort)
+    table = held_out_table(Z[:,0], ys, c, weight=weight, **effort)
     best = min(table, key=lambda o: o['nll'])
-    fits = [fit_linear(Z[:,h], ys, c, best['strength'], steps=20 if effort else 100) for h in range(Z.shape[1])]
+    fits = [fit_linear(Z[:,h], ys, c, best['strength'], steps=20 if effort else 100, weight=weight) for h in range(Z.shape[1])]
     weight,bias = (torch.stack(o).cpu() for o in zip(*fits))
     return folded(weight, bias, mean, std, **best)
 

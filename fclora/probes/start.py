@@ -44,14 +44,15 @@ def first_look(
     model:nn.Module, # Not adapted; left as it is
     dls, # fastai `DataLoaders`, see `get_dls`
     progress:bool=False, # Show progress bars?
-    precision:str='auto' # Of the products
+    precision:str='auto', # Of the products
+    weight=None # (c,) what an image of each class counts for the probe; 1 by default
 )->Look:
     "Features of all images from one pass, and both probes from those of the training images"
     began,splits = time.perf_counter(),dict(training=score_dl(dls), validation=dls.valid, test=dls[2])
     found = {k:head_features(model, dl, f'features, {k}' if progress else '', precision) for k,dl in splits.items()}
     seconds = (time.perf_counter()-began)/sum(len(y) for _,y in found.values())
     X,targs = found['training']
-    probe,soft = fit_probe(X, targs, dls.c, dls.device),soft_probe(X, targs, dls.c)
+    probe,soft = fit_probe(X, targs, dls.c, dls.device, weight),soft_probe(X, targs, dls.c)
     (Xv,valid),(Xt,test) = found['validation'],found['test']
     return Look(probe, soft, (probe(Xv),valid), (probe(Xt),test), right(soft(Xv), valid), seconds)
 

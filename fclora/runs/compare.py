@@ -17,26 +17,23 @@ from dataclasses import replace
 from inspect import signature
 from io import StringIO
 from pathlib import Path
-import timm, torch
 from fastcore.basics import str2bool
 from fastcore.meta import delegates
 from ..files import *
+from ..outputs import *
 from ..checks import *
-from ..find import *
-from ..scorers.composite import *
-from ..presets import *
-from ..make_plan import *
-from ..planning import *
-from ..backbones import *
+from ..ranges import *
 from ..report.tables import *
 from ..report.page import *
 from .run import *
+from .config import *
 from .folder import *
+from .asked import *
 from .prepare import *
 from .finetune import *
 
 # %% ../../nbs/77_compare.ipynb #3a28019f
-_not_for_a_row = ('data','method','seed','out','force','plan','quiet','probe')
+_not_for_a_row = ('data','method','seed','out','force','plan','quiet','probe','resume','auto_resume')
 
 def parse_options(
     row:str, # The row they are in, for the message
@@ -47,7 +44,10 @@ def parse_options(
     pairs = dict(o.partition('=')[::2] for o in texts)
     for k in pairs:
         if k not in types: raise ValueError(f'{row!r}: finetune has no option {k!r} to set for one row')
-    return {k:str2bool(v) if types[k] is bool else types[k](v) for k,v in pairs.items()}
+    def value(k, v):
+        try: return str2bool(v) if types[k] is bool else types[k](v)
+        except ValueError: raise ValueError(f'{row!r}: {k} must be a {types[k].__name__}, got {v!r}') from None
+    return {k:value(k, v) for k,v in pairs.items()}
 
 # %% ../../nbs/77_compare.ipynb #17606712
 def parse_rows(
@@ -58,6 +58,7 @@ def parse_rows(
     for row in [' '.join(o.split()) for o in text.split(separator)]:
         method,*options = row.split() or ['']
         check_method(method)
+        if row in rows: raise ValueError(f'--methods names the row {row!r} twice')
         rows[row] = method,parse_options(row, options)
     return rows
 
@@ -67,10 +68,12 @@ def parse_numbers(
     of, # Type: int or float
     name:str # Of the option, for the message
 )->list:
-    "Numbers at least 0 from text"
+    "Numbers from text, each in its range, and none twice"
     try: res = [of(o) for o in str(text).split(',')] if text is not None else []
-    except ValueError: res = [-1]
-    if any(o<0 for o in res):
+    except ValueError: res = [None]
+    low,high = ranges[name.removesuffix('s')]
+    if len(set(res))<len(res): raise ValueError(f'--{name} names a number twice: {text}')
+    if not all(in_range(o, low, high) for o in res):
         what,such = ('whole numbers','0,1,2') if of is int else ('numbers','1e-3,5e-3')
         raise ValueError(f'--{name} must be {what} separated by commas, such as {such}, got {text!r}')
     return res
@@ -83,16 +86,7 @@ def check_row(
 ):
     "Raise on what a row cannot be run with, at the cost of a model without weights"
     recipe_for(method, options)
-    if method in regimes: return
-    asked = {k:p.default for k,p in signature(plan_model).parameters.items()} | options
-    weights = parse_weights(asked['weights']) if asked['weights'] else None
-    parts = chosen(method, weights=weights, **{k:asked[k] for k in ('normaliser','allocator','adapter','init')})
-    check_parts(parts, **{k:asked[k] for k in ('lora_alpha','scaling','dropout')})
-    name = options.get('model') or default_model(data)
-    check_arch(name)
-    with torch.device('meta'): model = timm.create_model(name, num_classes=2)
-    sites = find_sites(model, tuple(asked['kinds'].split(',')), asked['include'], asked['from_block'])
-    check_budget(sites, *[asked[k] for k in ('budget','unit','lo','hi')], parts.adapter)
+    check_asked(data, method, options)
 
 # %% ../../nbs/77_compare.ipynb #71a38d6f
 def check_settings_file(
@@ -134,15 +128,17 @@ def run_row(
     seed:int, # Of the run
     data:str, # Data set or folder
     out:Path, # Folder of the comparison
-    keep:bool=False, # Read a finished run instead of running it again?
+    keep:bool=False, # Read a finished run instead of running it again, and go on with one that was stopped?
     force:bool=False # Replace a run that is there?
 )->Run: # Without its model and its images
     "Run one row with one seed, or read it when it is there"
     folder = row_folder(out, row, seed, options)
     quiet = redirect_stdout(StringIO()) if options.get('quiet') else nullcontext()
-    if keep and is_finished(folder): run = load_run(folder, model=False)
+    if keep and is_finished(folder):
+        run = load_run(folder, model=False)
+        check_metrics(run.metrics, folder/'metrics.json', whole=True)
     else:
-        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, seed=seed, **options)
+        with quiet: run = finetune(data, method, out=str(folder), force=force or keep, auto_resume=keep, seed=seed, **options)
     return replace(run, model=None, images=None, config=dict(run.config, row=row))
 
 # %% ../../nbs/77_compare.ipynb #8f782fa5
@@ -184,7 +180,7 @@ def command_line(
     return ' '.join(['fclora compare', shlex.quote(str(data)), *texts])
 
 # %% ../../nbs/77_compare.ipynb #23fbda2e
-@delegates(finetune, but=['method','seed','out','force','plan','data'])
+@delegates(finetune, but=['method','seed','out','force','plan','data','resume','auto_resume'])
 def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     methods:str='fclora,uniform,head,full', # Separated by commas; or rows with options: 'fclora; fclora weights=fisher=1; uniform'
@@ -192,12 +188,13 @@ def compare(
     lrs:str=None, # Learning rates to choose from for every row, by validation accuracy on the first seed
     out:str=None, # Folder for all runs and the comparison
     force:bool=False, # Replace runs that are in --out already
-    resume:bool=False, # Keep finished runs that are in --out already, and run only what is missing
+    resume:bool=False, # Keep finished runs that are in --out already, go on with one that was stopped, and run what is missing
     **kwargs
 )->dict: # Every run's numbers and the aggregated rows
     "Run several methods with several seeds under one recipe, and tabulate mean ± std"
     rows,numbers,rates = parse_rows(methods),parse_numbers(seeds, int, 'seeds'),parse_numbers(lrs, float, 'lrs')
     for method,options in rows.values(): check_row(data, method, {**kwargs, **options})
+    check_out_folder(out)
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-compare', force)
     check_settings_file(out, dict(data=str(data), lrs=lrs, **kwargs), resume)
     def run(row, method, options, seed=numbers[0], keep=resume):

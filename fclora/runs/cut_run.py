@@ -17,6 +17,7 @@ from pathlib import Path
 from fastai.callback.core import Callback,CancelFitException
 from ..adapt import *
 from ..checks import *
+from ..ranges import *
 from ..data.loaders import *
 from ..train.schedules import *
 from ..train.learner import *
@@ -104,8 +105,10 @@ def cut_run(
 )->Run: # The run that was written
     "Cut the adapters of a finished run down to a budget, and measure what that costs"
     checked(unit, one_of(('ranks','params')), 'unit of the budget')
-    for k,v in dict(budget=budget, recover=recover).items(): checked(v, whole_number(), k)
+    checked(budget, whole_number(*ranges['budget']), '--budget')
+    check_ranges(recover=recover)
     folder,old = new_folder(out, f'{Path(run).name}-cut', force),load_run(run, checkpoint, compute_device(device))
+    one_label(old.config, 'fclora cut')
     if old.plan is None: raise ValueError(f"{run} is a run of {old.config['method']}, without a Plan and adapters to cut")
     cut_sites(old.model)
     cfg,images = old.config,images_to_test(None, old.config, data_root=data_root, progress=not quiet)

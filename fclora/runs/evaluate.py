@@ -8,17 +8,19 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #73816f25
-import sys
-from pathlib import Path
+# %% ../../nbs/79_evaluate.ipynb #ba35ee55
 import torch
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..data.images import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
 from ..train.views import *
 from ..calibration.calibrator import *
+from ..calibration.labels import *
+from ..report.tables import *
 from .run import *
 from .folder import *
 from .use import *
@@ -40,6 +42,7 @@ def all_images(
     "Test on every image, where there is no test set of its own"
     items,targs = zip(images.train, images.valid, images.test)
     images.test = torch.cat(items) if isinstance(items[0], torch.Tensor) else sum(items, []),torch.cat(targs)
+    if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 
 # %% ../../nbs/79_evaluate.ipynb #33b16b08
@@ -52,15 +55,17 @@ def images_to_test(
     "The run's own test split, the test set of `source`, or all of it when it has none"
     own = source is None or str(source)==config['data']['source']
     split = config['data'] if own else {}
-    picked = {k:split[k] for k in ('valid_pct','test_pct','seed','limit','classes') if k in split}
+    picked = {k:split[k] for k in ('images','label_column','multi_label','valid_pct','test_pct','seed','limit','classes') if k in split}
+    if config.get('task')=='multi': picked['multi_label'] = True
+    picked |= {k:v for k,v in kwargs.items() if v is not None}
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
-    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked, **kwargs)
+    images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked)
     check_same_classes(images.vocab, config['classes'])
-    has_test = own or not Path(source).is_dir() or 'test' in find_splits(Path(source))
+    has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
 
-# %% ../../nbs/79_evaluate.ipynb #f567e53e
+# %% ../../nbs/79_evaluate.ipynb #0797e51e
 def evaluation_rows(
     table:dict # From `measure_calibrated`
 )->dict: # {row: text}
@@ -68,6 +73,7 @@ def evaluation_rows(
     t = table
     return {
         'images':f"{t['n']:,}", 'accuracy':f"{t['accuracy']:.2%}",
+        **balance_row(t),
         'class accuracy':f"{t['class_acc_mean']:.3f} ± {t['class_acc_std']:.3f}",
         **({'before the vector':f"{t['accuracy_raw']:.2%}"} if t['calibrator']=='vector' else {}),
         'NLL raw / scaled':f"{t['nll_raw']:.4f} / {t['nll']:.4f}",
@@ -76,12 +82,13 @@ def evaluation_rows(
         'its interval':'{:.4f} to {:.4f} (95 %)'.format(*t['ece_interval']),
         'its noise floor':f"{t['ece_floor']:.4f}, 95 % below {t['ece_floor_upper']:.4f}",
         'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
-        'temperature':f"{t['T']:.3f}", **promise_rows(t)}
+        'temperature':temperature_text(t['T']), **promise_rows(t)}
 
-# %% ../../nbs/79_evaluate.ipynb #556f9708
+# %% ../../nbs/79_evaluate.ipynb #1d068bb1
 def evaluate(
     run:str, # Run folder
-    data:str=None, # Data set or folder; the run's own test split by default
+    data:str=None, # Data set, folder or table; the run's own test split by default
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
     checkpoint:str=None, # Local base weights, if the run was trained on such
     batch_size:int=128, # Images a batch
     out:str=None, # JSON file for the numbers
@@ -92,12 +99,14 @@ def evaluate(
     quiet:bool=False # Print only the result
 )->dict: # As `measure_calibrated`
     "Accuracy and calibration of a run on test images"
+    check_ranges(batch_size=batch_size)
+    check_out_file(out)
     model,config = load_model(run, checkpoint, compute_device(device))
-    images = images_to_test(data, config, skip_bad, data_root=data_root, progress=not quiet)
+    images = images_to_test(data, config, skip_bad, images=images, data_root=data_root, progress=not quiet)
     dls = get_dls(images, **config['image'], bs=batch_size, device=next(model.parameters()).device)
-    if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
+    usable_T(config, run)
     if tta: model = Views(model, images.flip and may_flip(config))
-    res = measure_calibrated(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
+    res = measure_task(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
     for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
     return res

@@ -9,12 +9,11 @@ will happen (`forecast_text`), a folder that is not in use (`new_folder`), and w
 
 # %% auto #0
 __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepare', 'print_profile', 'score', 'recipe_for',
-           'given_plan', 'check_method', 'rank_price', 'budget_text', 'forecast_text', 'new_folder', 'clear_run',
+           'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'probe_numbers',
            'peak_memory', 'hardware']
 
-# %% ../../nbs/72_prepare.ipynb #de964e0f
-import os,platform,resource,sys
-from dataclasses import replace
+# %% ../../nbs/72_prepare.ipynb #8491c298
+import os,platform,resource,sys,warnings
 from inspect import signature
 from pathlib import Path
 import timm, torch
@@ -38,17 +37,25 @@ from ..lora import *
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..plan import *
 from ..presets import *
 from ..data.sources import *
 from ..data.loaders import *
+from ..data.duplicates import *
 from ..backbones import *
 from ..planning import *
 from ..probes.start import *
 from ..probes.depth import *
+from ..probes.linear import *
+from ..train.imbalance import *
 from ..train.recipe import *
+from ..train.ema import *
+from ..calibration.labels import *
 from .run import *
 from .folder import *
+from .asked import *
 
 # %% ../../nbs/72_prepare.ipynb #2a630a4a
 def check_source(
@@ -81,9 +88,9 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #1a562065
+# %% ../../nbs/72_prepare.ipynb #c0824fd5
 def prepare(
-    data:str='digits', # digits, cifar10, cifar100, or a folder: train/ and test/ (and val/) of class folders, or class folders alone
+    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
@@ -99,14 +106,20 @@ def prepare(
     seed:int=0, # Of the split, the head, the adapters, the batches
     bs:int=32, # Batch size
     head_std:float=.02, # Standard deviation of the fresh head's weights
-    classes:str=None, # Slice of a folder's sorted class names, such as ::2 for every other; all
+    images:str=None, # Folder that the paths of a table start from; by default the folder of the table
+    label_column:str=None, # Column of a table or dataset with the label, where it cannot be told
+    multi_label:bool=False, # An image of a table or dataset has several labels or none, in one cell, separated by ; or by blanks
+    classes:str=None, # Slice of the sorted class names, such as ::2 for every other; all
     limit:str=None, # Most images of train, valid and test, such as 2000,500,3000; all
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
+    check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
-    split = dict(valid_pct=valid_pct, test_pct=test_pct, seed=seed, limit=limit, skip_bad=skip_bad, classes=classes)
+    split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
+                 valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
@@ -139,6 +152,8 @@ def score(
 )->Plan:
     "Score every site and allocate the budget, without training"
     preset(method)
+    check_asked(data, method, dict(kwargs, batch_size=batch_size, seed=seed))
+    check_out_file(out)
     _,dls,net,about = prepare(data, seed=seed, quiet=quiet, bs=batch_size, **pick(prepare, kwargs))
     if head=='probe': soft_start(net, dls, '' if quiet else 'features', kwargs.get('precision', 'auto'))
     wanted = dict(pick(plan_model, kwargs, ['model']), name=about['model']['name'], seed=seed, progress=not quiet)
@@ -157,24 +172,8 @@ def recipe_for(
     "The recipe that these options ask for: given values, then those of the preset, then the defaults"
     given = {k:v for k,v in pick(recipe, options).items() if v is not None}
     preset = presets[method].recipe if method in presets else {}
+    if method in presets: check_ema(given.get('ema'), options.get('adapter') or presets[method].adapter)
     return recipe(**{**preset, **given, 'base':options.get('recipe') or 'auto'})
-
-# %% ../../nbs/72_prepare.ipynb #4849139c
-def given_plan(
-    path, # Plan file
-    options:dict # Of `plan_model`; those that say how adapters are built change the Plan
-)->Plan:
-    "The Plan in a file, with adapter, initialisation, scaling and dropout as the options say"
-    changes = {k:options[k] for k in ('adapter','init','lora_alpha','scaling','dropout') if options.get(k) is not None}
-    if options.get('rslora') is not None: changes['scaling'] = 'sqrt' if options['rslora'] else 'rank'
-    return replace(Plan.load(path), **changes)
-
-# %% ../../nbs/72_prepare.ipynb #dc95a665
-def check_method(
-    method:str # Asked for
-):
-    "Raise unless `method` is a preset or a regime"
-    if method not in methods_known(): raise ValueError(f"unknown method {method!r}; there are {', '.join(methods_known())}")
 
 # %% ../../nbs/72_prepare.ipynb #fda1612f
 def rank_price(
@@ -214,29 +213,42 @@ def forecast_text(
     plan:Plan=None, # Given
     options:dict=None # Of `plan_model`
 )->str:
-    "Two lines that say what will happen"
+    "Three lines that say what will happen, and on what"
     n,heads = count_params(model),' and '.join(head_names(model))
     if method=='full': trains = f"all {n['total']:,} parameters"
     elif method=='head': trains = f"the {heads} alone ({n['head']:,} parameters)"
     else: trains = f"{budget_text(model, method, plan, options)} and the {heads} ({n['head']:,} parameters)"
-    return (f"{name} ({n['total']:,} parameters) on {images!r}\n"
+    return (f"{name} ({n['total']:,} parameters) on {images!r}\n{quick_look(images)}\n"
             f"{method}: trains {trains}, {rcp['epochs']} epochs at batch size {rcp['batch_size']}")
 
-# %% ../../nbs/72_prepare.ipynb #baf68509
+# %% ../../nbs/72_prepare.ipynb #b2c2e2c3
 run_root = 'runs'
+
+def numbered_folder(
+    stem:str # Name to number from
+)->Path: # In `run_root`
+    "The first folder of that name that nobody has, made"
+    for i in range(1, 10**6):
+        out = Path(run_root)/f'{stem}-{i}'
+        try: out.mkdir(parents=True)
+        except FileExistsError: continue
+        return out
 
 def new_folder(
     out, # Asked for, or None
     stem:str, # Name to number from, in `run_root`, when nothing was asked for
     force:bool=False # May the folder hold an old run, to be replaced?
 )->Path:
-    "A folder for a run; nothing is removed yet"
-    if out is None: return next(p for i in range(1, 10**6) if not (p := Path(run_root)/f'{stem}-{i}').exists())
+    "A folder for a run, made if it has a number; nothing is removed yet"
+    if out is None: check_out_folder(run_root)
+    stem = stem.encode('utf-8', 'replace').decode() # the name of a folder of images need not be text
+    if out is None: return numbered_folder(stem)
     out = Path(out)
-    if out.is_file(): raise ValueError(f'--out {out} is a file; name a folder')
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f'--out {out} is not empty; name another folder, or replace the run in it with --force')
-    return out
+    check_out_folder(out)
+    if force or not out.is_dir() or not any(o.name!='.lock' for o in out.iterdir()): return out
+    if (out/'options.json').is_file(): what = f'holds a run that was stopped; go on with it by fclora resume {out}'
+    else: what = 'is not empty; name another folder'
+    raise ValueError(f'--out {out} {what}, or replace the run in it with --force')
 
 # %% ../../nbs/72_prepare.ipynb #6f7a61f4
 def clear_run(
@@ -244,6 +256,15 @@ def clear_run(
 ):
     "Remove the files of an old run, and no others"
     for name in run_files: (Path(out)/name).unlink(missing_ok=True)
+
+# %% ../../nbs/72_prepare.ipynb #fea51d40
+def probe_numbers(
+    look:Look # From `first_look`, or None
+)->dict: # Empty where no probe was fitted
+    "What the linear probe and the start of the head can do; its test images are looked at here, at the end"
+    if not look: return {}
+    return dict(probe_accuracy=right(*look.test), probe_valid_accuracy=look.accuracy, start_accuracy=look.start_accuracy,
+                probe_valid_nll=task_nll(*look.valid), probe_strength=look.probe.strength)
 
 # %% ../../nbs/72_prepare.ipynb #dfe84b4c
 def peak_memory(

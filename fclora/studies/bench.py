@@ -23,6 +23,8 @@ from torch import nn
 from ..find import *
 from ..adapt import *
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..backbones import *
 from ..forecast import *
 from ..report.tables import *
@@ -158,8 +160,7 @@ def bench_setup(
     dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if dev.type=='cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
     bs = (128 if dev.type=='cuda' else 8) if batch_size is None else batch_size
-    for k,v,lo in (('batch-size',bs,1), ('steps',steps,1), ('warmup',warmup,0), ('rank',rank,1)):
-        if v<lo: raise ValueError(f'--{k} must be at least {lo}, got {v}')
+    check_ranges(batch_size=batch_size, steps=steps, warmup=warmup, rank=rank)
     with torch.device('meta'):
         for m in [model]+models*('sweep' in names):
             for site in find_sites(random_vit(m)): check_rank(site, rank)
@@ -209,7 +210,8 @@ def bench(
 )->dict: # {part: what it measured, on what, and the command}
     "Measure speed and memory beside full fine-tuning, PEFT and others"
     kw = {k:v for k,v in locals().items() if k!='out'}
-    if threads is not None and threads<1: raise ValueError(f'--threads must be at least 1, got {threads}')
+    check_ranges(threads=threads)
+    check_out_file(out)
     names,s = bench_setup(**pick(bench_setup, kw))
     res,before = _read(out),torch.get_num_threads()
     try:

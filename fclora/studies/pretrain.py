@@ -11,7 +11,7 @@ was made, and makes one for other images."""
 __all__ = ['vit_tiny32', 'random_crop_flip', 'read_classes', 'cosine_warmup', 'train_step', 'top_k_accuracy', 'save_weights',
            'patches_left_out', 'pretrain']
 
-# %% ../../nbs/studies/05_pretrain.ipynb #6a6e6007
+# %% ../../nbs/studies/05_pretrain.ipynb #91a232ea
 import time
 from pathlib import Path
 import numpy as np, timm, torch
@@ -24,6 +24,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from ..files import *
+from ..outputs import *
+from ..ranges import *
+from ..data.images import *
 from ..data.pixels import *
 from ..data.sources import *
 from ..backbones import *
@@ -197,13 +200,15 @@ def pretrain(
 )->dict: # What is written beside the weights
     "Train a small vision transformer from scratch and keep the average of its weights"
     kw = dict(locals())
-    if not minutes>0: raise ValueError(f'minutes must be positive, got {minutes}')
+    check_ranges(**kw)
+    check_arch(arch)
+    check_out_file(out)
     torch.manual_seed(seed)
     np.random.seed(seed)
     dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     size = timm.create_model(arch, num_classes=2).patch_embed.img_size[0]
     x,y,xv,yv,names = _splits(data, size, classes, dev, quiet)
-    kw['batch_size'] = bs = min(batch_size, len(x))//2*2
+    kw['batch_size'] = bs = max(2, min(batch_size, len(x))//2*2)
     model = timm.create_model(arch, num_classes=len(names), patch_drop_rate=patch_drop or 1e-9).to(dev)
     opt = torch.optim.AdamW(param_groups_weight_decay(model, wd), lr, betas=(.9,.95), fused=True)
     mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=len(names), prob=1 if mixup or cutmix else 0)

@@ -113,6 +113,20 @@ class AdaLoRA(Schedule):
         self.first,self.prices,self.scores = self.plan.spent,rank_costs(self.model, self.plan.unit)[0],TripletScores(self.beta1, self.beta2)
         self.unfinished = trains and self.first>self.plan.budget
 
+    def state_dict(self):
+        "For a checkpoint: the scores too, by site and part"
+        both = dict(sensitivity=self.scores.sensitivity, uncertainty=self.scores.uncertainty)
+        return super().state_dict() | {k:{f'{site}|{part}':v for (site,part),v in d.items()} for k,d in both.items()}
+
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on from a checkpoint"
+        super().load_state_dict(state)
+        device = next(self.model.parameters()).device
+        for k in ('sensitivity','uncertainty'):
+            setattr(self.scores, k, {tuple(o.split('|')):v.to(device) for o,v in state.get(k, {}).items()})
+
     def after_loss(self):
         "Add the orthogonality term to what goes backward; the loss that is reported stays"
         if current_ranks(self.model): self.learn.loss_grad = self.loss_grad+self.gamma*orthogonality(self.model)

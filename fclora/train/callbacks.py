@@ -34,11 +34,22 @@ class StopOnNaN(Callback):
 # %% ../../nbs/51_callbacks.ipynb #a3b13a99
 class KeepEpochs(Callback):
     "Call `save` after every epoch, so that whatever stops the training loses one epoch at most"
-    order,run_valid = 70,False
+    order,run_valid = 64,False # before `KeepBest`, which may end the training
     def __init__(self,
         save # Called with the status, such as `epoch 1 of 10`, and the history so far, a DataFrame
     ):
         self.save,self.rows = save,[]
+    def state_dict(self):
+        "For a checkpoint: the history so far"
+        return dict(rows=self.rows)
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on with the history"
+        self.rows = state['rows']
+    def history(self):
+        "One row an epoch"
+        return pd.DataFrame(self.rows)
     def before_epoch(self):
         "Start the clock"
         self.start = time.perf_counter()
@@ -47,7 +58,7 @@ class KeepEpochs(Callback):
         train,valid,acc = map(float, self.recorder.values[-1][:3])
         self.rows.append(dict(epoch=self.epoch+1, train_loss=train, valid_loss=valid, accuracy=acc,
                               lr=float(self.opt.hypers[0]['lr']), seconds=time.perf_counter()-self.start))
-        self.save(f'epoch {self.epoch+1} of {self.n_epoch}', pd.DataFrame(self.rows))
+        self.save(f'epoch {self.epoch+1} of {self.n_epoch}', self.history())
 
 # %% ../../nbs/51_callbacks.ipynb #afdf93a3
 def epoch_line(
@@ -92,14 +103,26 @@ class KeepBest(Callback):
         self.losses.append(float(self.loss(*map(torch.cat, zip(*self.seen)))))
         if self.state is None or self.losses[-1]<self.losses[self.epoch_kept]:
             self.epoch_kept,self.state = len(self.losses)-1,trained_state(self.model)
-        elif self.patience and len(self.losses)-1-self.epoch_kept>=self.patience: raise CancelFitException
+        elif self.stopped: raise CancelFitException
     def after_fit(self):
         "Put the best weights back"
         if self.state is not None: self.model.load_state_dict(self.state, strict=False)
         self.state = None
+    def state_dict(self):
+        "For a checkpoint: losses so far, and the weights of the best epoch"
+        return dict(losses=self.losses, epoch_kept=self.epoch_kept, state=self.state or {})
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on looking for the best epoch"
+        self.losses,self.epoch_kept,self.state = state['losses'],state['epoch_kept'],state['state'] or None
     def forget(self):
         "Start over: the weights kept so far do not fit the model any more"
         self.state = None
+    @property
+    def stopped(self):
+        "Has the patience come to its end?"
+        return bool(self.patience and self.losses) and len(self.losses)-1-self.epoch_kept>=self.patience
 
 # %% ../../nbs/51_callbacks.ipynb #60b734be
 class AutoMixedPrecision(MixedPrecision):

@@ -23,14 +23,13 @@ from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
-from fastai.losses import LabelSmoothingCrossEntropyFlat
-from fastai.metrics import accuracy
+from fastai.metrics import accuracy,accuracy_multi
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 import fastai.vision.learner # noqa: F401 it registers how fastai shows images
 from torchvision.transforms.functional import to_pil_image
 
-# %% ../../nbs/53_learner.ipynb #01849ca8
+# %% ../../nbs/53_learner.ipynb #4b24bc78
 from ..sites import *
 from ..precision import *
 from ..adapt import *
@@ -38,9 +37,12 @@ from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
 from ..data.loaders import *
+from .imbalance import *
 from .recipe import *
 from .callbacks import *
+from .ema import *
 from .schedules import *
+from .minutes import *
 
 # %% ../../nbs/53_learner.ipynb #4eb62f40
 def param_groups(
@@ -148,10 +150,11 @@ def recipe_cbs(
     cbs = [StopOnNaN()]
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
     if rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
+    if rcp.get('ema'): cbs.append(EMA(rcp['ema']))
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
 
-# %% ../../nbs/53_learner.ipynb #5e6ae145
+# %% ../../nbs/53_learner.ipynb #4107ed4d
 def fclora_learner(
     dls, # fastai `DataLoaders`, see `get_dls`
     model:nn.Module, # With a fresh head and not adapted, see `create_backbone`; changed in place
@@ -162,38 +165,50 @@ def fclora_learner(
     metrics=accuracy, # Shown every epoch
     checkpointing:bool=False, # Recompute every block in the backward pass instead of keeping its activations
     compile:bool=False # Compile the model (`torch.compile`): a minute or more at the start, faster steps on a GPU
-)->FCLoRALearner: # With `plan` (None for a regime), `regime` and `recipe`; train it with `fit_recipe`, or as you like
+)->FCLoRALearner: # With `plan` (None for a regime), `regime`, `recipe` and `counted`; train it with `fit_recipe`, or as you like
     "A fastai `Learner` that trains `model` as `plan` and `rcp` say"
     regime = check_inputs(model, plan)
     rcp = rcp or recipe()
     if checkpointing: recompute_blocks(model); recompute_blocks(model, False) # refuse before anything is changed
     schedule = plan_schedules(plan) if regime=='adapters' else []
+    if regime=='adapters': check_ema(rcp.get('ema'), plan.adapter)
     rcp = complete_recipe(rcp, model.to(dls.device), regime, len(dls.train))
+    loss,counted = training_loss(rcp, dls),counted_weights(rcp, dls)
+    if metrics is accuracy and isinstance(loss, MultiLabelLoss): metrics = accuracy_multi
     set_seed(seed)
     make_trainable(model, plan, dls, seed)
+    if rcp.get('balanced'): dls = balanced_dls(dls)
     if checkpointing: recompute_blocks(model)
     if compile: model.compile()
     groups = list(param_groups(model, regime, rcp.get('b_ratio', 1)!=1))
     learn = FCLoRALearner(
-        dls, model, LabelSmoothingCrossEntropyFlat(eps=rcp['smoothing']), adamw(dls.device), lr=rcp['lr'],
+        dls, model, loss, adamw(dls.device), lr=rcp['lr'],
         splitter=partial(splitter, regime=regime, groups=groups), wd=[rcp['wd']*decayed for _,decayed in groups],
         cbs=[*recipe_cbs(rcp, model), *schedule, *L(cbs)], metrics=metrics)
     learn.plan,learn.regime = plan if regime=='adapters' else None,regime
-    learn.recipe,learn.groups = rcp,groups
+    learn.recipe,learn.groups,learn.counted = rcp,groups,counted
     return learn
 
 # %% ../../nbs/53_learner.ipynb #fa063ed2
 @patch
-def fit_recipe(self:FCLoRALearner):
-    "Train as `self.recipe` says: its epochs, its schedule, its learning rates for adapters or backbone and for the head"
+def fit_recipe(self:FCLoRALearner,
+    spent:float=0., # Seconds of the recipe's minutes that have gone already
+    after:int=0, # Batches that follow within the minutes, for temperature and test
+    say=print # Called with what is worth a line: which epochs fit, and that patience has ended
+):
+    "Train as `self.recipe` says: its epochs or minutes, its schedule, its learning rates for adapters or backbone and for the head"
+    in_time = plan_minutes(self, spent, after, say)
     r = self.recipe
     rates = dict(backbone=r['lr'], backbone_B=r['lr']*r.get('b_ratio', 1), head=r['head_lr'])
     lrs = [rates[part] for part,_ in self.groups]
     try:
-        if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0)
-        else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'])
+        if r['schedule']=='cosine': self.fit_flat_cos(r['epochs'], lrs, pct_start=0, cbs=in_time)
+        else: self.fit_one_cycle(r['epochs'], lrs, pct_start=r['pct_start'], cbs=in_time)
     except FloatingPointError as e: # fastai puts a line of its own before ours
         raise FloatingPointError(str(e).splitlines()[-1].strip()) from None
+    for cb in self.cbs:
+        if isinstance(cb, KeepBest) and cb.stopped:
+            say(f"stopped after epoch {self.epoch+1} of {r['epochs']}: the last {cb.patience} were no better")
     return self
 
 # %% ../../nbs/53_learner.ipynb #76f671da

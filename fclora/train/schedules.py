@@ -26,6 +26,7 @@ from ..adapt import *
 from ..checks import *
 from ..plan import *
 from .callbacks import *
+from .ema import *
 
 # %% ../../nbs/52_schedules.ipynb #b3ff0454
 def rank_tensors(
@@ -107,9 +108,9 @@ def resize_adapters(
 def forget_best(
     learn:Learner # Whose callbacks are looked through
 ):
-    "Let `SaveModelCallback` and `KeepBest` look for the best epoch anew: weights of other ranks could not be loaded at the end"
+    "Let `SaveModelCallback`, `KeepBest` and `EMA` start anew: weights of other ranks can be neither loaded nor averaged with"
     for cb in learn.cbs:
-        if isinstance(cb, KeepBest): cb.forget()
+        if isinstance(cb, (KeepBest,EMA)): cb.forget()
         if isinstance(cb, SaveModelCallback): cb.best = math.inf if cb.comp is np.less else -math.inf
 
 # %% ../../nbs/52_schedules.ipynb #fc9e1117
@@ -122,6 +123,16 @@ class Schedule(Callback):
         "Nothing happens in `lr_find`, `validate` and `get_preds`, which send events too"
         if hasattr(self.learn, 'lr_finder') or self.learn.lock.locked(): return
         return super().__call__(event_name)
+
+    def state_dict(self):
+        "What a checkpoint keeps; a subclass that remembers more adds it"
+        return dict(unfinished=self.unfinished)
+
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on from a checkpoint, after `before_fit`"
+        self.unfinished = state['unfinished']
 
     def resize(self,
         keep:dict # As for `resize_adapters`
