@@ -88,7 +88,7 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #c0824fd5
+# %% ../../nbs/72_prepare.ipynb #c7e970c9
 def prepare(
     data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
@@ -123,7 +123,8 @@ def prepare(
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
-    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=data_config(images, data, dict(split, flip=images.flip and not no_flip)))
+    found = data_config(images, data, dict(split, flip=images.flip and not no_flip))
+    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=found)
     return images,dls,net.to(dls.device),about
 
 # %% ../../nbs/72_prepare.ipynb #92d56753
