@@ -128,7 +128,7 @@ def model_card(
     local = f", checkpoint={base['name']!r}" if base else ''
     data = _card_data(run, repo_id.split('/')[-1], **kwargs).to_yaml()
     parts = [f'---\n{data}\n---', f"# {c['model']['name']} on {c['data']['name']}", _summary(run)]
-    if run.metrics: parts += ['## Results', markdown_table(paper_table(run))]
+    if 'test' in run.metrics: parts += ['## Results', markdown_table(paper_table(run))]
     if run.plan: parts += ['## Ranks', '![Ranks of the sites, block by kind](plan.png)', f'```text\n{run.plan}\n```']
     parts += ['## Use', _use.format(name=repo_id, local=local)]
     if base: parts += [f"The base weights are not here: `{base['name']}`, sha256 `{base['sha256']}`."]
