@@ -84,7 +84,7 @@ def _card_data(run, name, **kwargs):
     own = dict(library_name='fclora', pipeline_tag='image-classification', tags=tags, datasets=[known] if known else None,
                temperature=c['T'] and round(c['T'], 6))
     if base: own.update(base_model=base, base_model_relation='finetune' if stored_whole(c) else 'adapter')
-    if run.metrics:
+    if 'test' in run.metrics:
         results = _eval_results(run, known or c['data']['name'])
         own.update(model_name=name, metrics=['accuracy','ece'], eval_results=results)
     return ModelCardData(**(own | kwargs))
