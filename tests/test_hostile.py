@@ -181,6 +181,14 @@ def test_a_stopped_run_warns_that_T_is_1(copy, capsys, tmp_path):
         err = capsys.readouterr().err
         assert err.startswith('fclora: warning: ') and 'was stopped at epoch 3 of 10' in err and 'T = 1 is used' in err and err.count('\n')==1
 
+def test_a_temperature_that_is_lost_is_none(copy, capsys, tmp_path):
+    Image.new('RGB', (8,8)).save(tmp_path/'a.png')
+    d = json.loads((copy/'fclora.json').read_text())
+    (copy/'fclora.json').write_text(json.dumps({k:v for k,v in d.items() if k!='T'}))
+    assert 'was changed after it was written' in fails(capsys, 'predict', copy, tmp_path/'a.png')
+    (copy/'fclora.json').write_text(json.dumps({k:v for k,v in d.items() if k not in ('T','digest')}))
+    assert main(['predict', str(copy), str(tmp_path/'a.png')])==0 and 'T = 1 is used' in capsys.readouterr().err
+
 def test_compare_resume_names_a_half_file_of_metrics(run, tmp_path, capsys):
     out = tmp_path/'c'
     args = ('compare', 'digits', '--methods', 'uniform', '--seeds', '0', '--out', out, '--resume')
