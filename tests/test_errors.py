@@ -7,6 +7,7 @@ from conftest import QUICK, make_images
 from fclora import backbones
 from fclora.cli import main
 from fclora.files import sha256
+from fclora.ranges import ranges
 from fclora.runs import finetune, folder as run_folder
 
 def fails(capsys, *args, status=1):
@@ -76,7 +77,11 @@ def test_bad_values(capsys):
     for args,word in ((('--epochs', 0), 'epochs'), (('--schedule', 'linear'), 'onecycle'), (('--method', 'lora'), 'uniform'), (('--weights', 'fisher'), 'fisher=.6'),
                       (('--weights', 'hessian=1'), 'explained_var'), (('--init', 'svd'), 'orthogonal'), (('--normaliser', 'z'), 'minmax'), (('--unit', 'mb'), 'params')):
         assert word in fails(capsys, *tune('digits', *args))
-def test_loss_is_nan(capsys, tmp_path): assert '--lr' in fails(capsys, *tune('digits', '--lr', '1e30', '--clip', 0, '--out', tmp_path/'r'))
+def test_loss_is_nan(capsys, monkeypatch, tmp_path):
+    args = tune('digits', '--lr', '1e30', '--clip', 0, '--out', tmp_path/'r')
+    assert '--lr must be' in fails(capsys, *args)
+    monkeypatch.setitem(ranges, 'lr', (0., 1e38)) # so that training meets it
+    assert 'a lower learning rate' in fails(capsys, *args)
 def test_zero_head(capsys): assert 'the head is probably all zeros' in fails(capsys, *tune('digits', '--head', 'fresh', '--head-std', 0))
 
 def test_plan_of_another_model_or_broken(capsys, tmp_path):
@@ -120,17 +125,19 @@ def copy(run, tmp_path):
     return tmp_path/'copy'
 
 def edit(folder, **changes):
+    "Change entries, and drop the digest that would notice it, as in folders of earlier versions"
     d = json.loads((folder/'fclora.json').read_text())
+    d.pop('digest', None)
     (folder/'fclora.json').write_text(json.dumps(dict(d, **changes)))
 
 def test_damaged_run_folders(capsys, copy, tmp_path):
     check = lambda: fails(capsys, 'evaluate', copy)
     assert 'no run folder' in fails(capsys, 'evaluate', tmp_path/'none')
     whole = (copy/'fclora.json').read_bytes()
-    for changes,word in ((dict(format=3), 'newer fclora'), (dict(adapter='mine'), "unknown adapter 'mine'"), (dict(scaling={}), "'scaling'"), (dict(ranks=None), "'ranks'"), (dict(T=-1), "'T'"), (dict(T='nan'), "'T'"), (dict(method='magic', ranks={}), "'method'"),
+    for changes,word in ((dict(format=3), 'newer fclora'), (dict(adapter='mine'), "unknown adapter 'mine'"), (dict(scaling={}), 'scaling has no multiplier'), (dict(ranks=None), 'ranks must be'), (dict(T=-1), 'T must be'), (dict(T='nan'), 'T must be'), (dict(method='magic', ranks={}), 'method must be'),
                          (dict(model=dict(name='../../../etc/passwd', pretrained=True, checkpoint=None, one_head=False, size=None)), 'timm has no model'),
-                         (dict(classes=['a','b']), 'does not fit'), (dict(ranks={'blocks.0.attn.qkv.q':10**9}), '0..128'), (dict(ranks={'../x':1}, scaling={'../x':1.}), 'has no site'),
-                         (dict(image=dict(size=10**9, mean=[0]*3, std=[1]*3)), "'image'"), (dict(probe=[[0.]*10]*2), 'not reproduced')):
+                         (dict(classes=['a','b'], probe=[[0.,0.]]*2), 'does not fit'), (dict(classes=['a','b']), 'two lists of 2 numbers'), (dict(ranks={'blocks.0.attn.qkv.q':10**9}), '0..128'), (dict(ranks={'../x':1}, scaling={'../x':1.}), 'has no site'),
+                         (dict(image=dict(size=10**9, mean=[0]*3, std=[1]*3)), 'image: size must be'), (dict(probe=[[0.]*10]*2), 'not reproduced')):
         edit(copy, **changes)
         assert word in check()
         (copy/'fclora.json').write_bytes(whole)

@@ -81,16 +81,18 @@ def test_an_image_counts_as_often_as_its_weight_says(eps):
     assert got.item()==pytest.approx(F.cross_entropy(z[repeated], y[repeated], label_smoothing=eps, reduction='sum').item()/30, rel=1e-5)
 
 def test_cutmix_mixes_the_weighted_losses_of_both_labels(dls):
-    learn = fclora_learner(dls, create_backbone('vit_pico', 2), 'head', recipe(epochs=1, cutmix=1., class_weights='inverse'))
+    both = balanced_dls(dls) # so that a batch has images of both classes
+    learn = fclora_learner(both, create_backbone('vit_pico', 2), 'head', recipe(epochs=1, cutmix=1., class_weights='inverse'))
     mix = learn.cut_mix
-    learn._split(dls.train.one_batch()); learn.model.train()
+    learn._split(both.train.one_batch()); learn.model.train(); learn.training = True
     mix.before_train(); mix.before_batch()
     z = learn.model(learn.x)
     got,lam = learn.loss_func(z, *learn.yb).item(),mix.lam.item()
     mix.after_train()
     def one(y): return (F.cross_entropy(z, y, label_smoothing=.1, reduction='none')*learn.counted[y]).mean()
     y0,y1 = [o.as_subclass(torch.Tensor) for o in (learn.yb[0], mix.yb1[0])]
-    assert got==pytest.approx((lam*one(y0)+(1-lam)*one(y1)).item(), rel=1e-5) and 0<lam<1
+    want = lam*one(y0)+(1-lam)*one(y1)
+    assert got==pytest.approx(want.item(), rel=1e-5) and 0<lam<1 and abs(got-one(y0).item())>1e-4
 
 def test_without_weights_the_loss_is_the_old_one(dls):
     learn = fclora_learner(dls, create_backbone('vit_pico', 2), 'head', recipe(epochs=1))

@@ -97,7 +97,7 @@ def test_the_loss_is_binary_cross_entropy_with_targets_towards_a_half(eps):
 def test_cutmix_mixes_the_targets(dls):
     learn = fclora_learner(dls, create_backbone('vit_pico', 3), 'head', recipe(epochs=1, cutmix=1., smoothing=.1))
     mix = learn.cut_mix
-    learn._split(dls.train.one_batch()); learn.model.train()
+    learn._split(dls.train.one_batch()); learn.model.train(); learn.training = True
     mix.before_train(); mix.before_batch()
     z = learn.model(learn.x)
     got,lam = learn.loss_func(z, *learn.yb).item(),mix.lam.item()

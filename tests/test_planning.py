@@ -64,7 +64,7 @@ def test_scoring_ends_early_only_when_asked_to(model, dls):
     (dict(allocator='best'), "unknown allocator 'best'; there are waterfill"), (dict(adapter='dora?'), "unknown adapter 'dora\\?'"),
     (dict(normaliser='z'), "unknown normaliser 'z'; there are minmax, rank, log"),
     (dict(scaling='half'), "unknown scaling 'half'; there are sqrt, rank"),
-    (dict(lora_alpha=-1.), 'lora_alpha must be a finite number in 0..inf, got -1'), (dict(dropout=1.), 'dropout must be'),
+    (dict(lora_alpha=-1.), '--lora-alpha must be a number in 0.0..1000000.0, got -1'), (dict(dropout=1.), 'dropout must be'),
     (dict(method='best'), "unknown method 'best'"), (dict(method='full'), "'full' is full fine-tuning"),
     (dict(from_block=6), 'end at 5, so none is left from block 6 on')])
 def test_what_cannot_be_is_refused_before_scoring(model, kw, piece):

@@ -84,7 +84,7 @@ def _card_data(run, name, **kwargs):
     own = dict(library_name='fclora', pipeline_tag='image-classification', tags=tags, datasets=[known] if known else None,
                temperature=c['T'] and round(c['T'], 6))
     if base: own.update(base_model=base, base_model_relation='finetune' if stored_whole(c) else 'adapter')
-    if run.metrics:
+    if 'test' in run.metrics:
         results = _eval_results(run, known or c['data']['name'])
         own.update(model_name=name, metrics=['accuracy','ece'], eval_results=results)
     return ModelCardData(**(own | kwargs))
@@ -130,7 +130,7 @@ def model_card(
     local = f", checkpoint={base['name']!r}" if base else ''
     data = _card_data(run, repo_id.split('/')[-1], **kwargs).to_yaml()
     parts = [f'---\n{data}\n---', f"# {c['model']['name']} on {c['data']['name']}", _summary(run)]
-    if run.metrics: parts += ['## Results', markdown_table(paper_table(run))]
+    if 'test' in run.metrics: parts += ['## Results', markdown_table(paper_table(run))]
     if run.plan: parts += ['## Ranks', '![Ranks of the sites, block by kind](plan.png)', f'```text\n{run.plan}\n```']
     parts += ['## Use', _use.format(name=repo_id, local=local)]
     if base: parts += [f"The base weights are not here: `{base['name']}`, sha256 `{base['sha256']}`."]

@@ -69,10 +69,11 @@ def check_parts_of_model(
 def check_config(
     config, # JSON of `fclora.json`
     file # Where it is from, for the message
-)->dict: # `config`
+)->dict: # `config`, T among its fields
     "Raise unless `config` describes a run of format 1 or 2; nothing in it is used as a path"
     checked(config, Check('the description of a run, an object nested at most 20 deep', is_free), str(file))
     form = checked_item(config, 'format', whole_number(1), file)
+    config = dict(config, T=config.get('T')) # a run that was stopped has none
     if form>2: raise ValueError(f'{file} has format {form}, made by a newer fclora; this one reads formats 1 and 2. Update fclora')
     _check_items(config, config_checks, file)
     check_parts_of_model(config, file)

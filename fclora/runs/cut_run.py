@@ -105,8 +105,8 @@ def cut_run(
 )->Run: # The run that was written
     "Cut the adapters of a finished run down to a budget, and measure what that costs"
     checked(unit, one_of(('ranks','params')), 'unit of the budget')
-    checked(budget, whole_number(*ranges['budget']), '--budget')
-    check_ranges(recover=recover)
+    check_ranges(budget=budget, recover=recover)
+    checked(budget, whole_number(), '--budget')
     folder,old = new_folder(out, f'{Path(run).name}-cut', force),load_run(run, checkpoint, compute_device(device))
     one_label(old.config, 'fclora cut')
     if old.plan is None: raise ValueError(f"{run} is a run of {old.config['method']}, without a Plan and adapters to cut")

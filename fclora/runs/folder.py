@@ -100,7 +100,7 @@ def read_config(
         raise FileNotFoundError(f'{path} is not a run folder, or its run never finished an epoch: it has no fclora.json')
     try: config = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{file} is damaged: {e}') from None
-    check_config(config, file)
+    config = check_config(config, file)
     check_digest(config, file)
     return from_format1(config) if config['format']==1 else config
 

@@ -8,8 +8,8 @@ class equally often instead. Both are for training alone: temperature and test s
 
 # %% auto #0
 __all__ = ['lopsided', 'weight_rules', 'imbalance_text', 'inverse_frequency', 'effective_number', 'positive', 'read_weights',
-           'class_weights', 'WeightedCrossEntropy', 'WeightedLoss', 'train_targs', 'balanced_dls', 'counted_weights',
-           'MultiLabelLoss', 'training_loss']
+           'class_weights', 'WeightedCrossEntropy', 'WeightedLoss', 'MultiLabelLoss', 'train_targs', 'balanced_dls',
+           'counted_weights', 'training_loss']
 
 # %% ../../nbs/49_imbalance.ipynb #d4cb4950
 import math
@@ -129,6 +129,31 @@ class WeightedLoss(BaseLoss):
         "Classes"
         return out.argmax(dim=-1)
 
+# %% ../../nbs/49_imbalance.ipynb #1391ade5
+class MultiLabelLoss(nn.Module):
+    "Binary cross-entropy of every label, the mean over labels; smoothing moves each target towards .5"
+    y_int = True # CutMix mixes the losses of both images, which is the loss of the mixed targets
+    def __init__(self,
+        eps:float=0. # Label smoothing: yes becomes 1-eps/2, no eps/2
+    ):
+        super().__init__()
+        self.eps,self.reduction = eps,'mean'
+    def forward(self, logits, targs):
+        logits,targs = logits.as_subclass(Tensor),targs.as_subclass(Tensor) # of plain tensors, whatever fastai calls them
+        smooth = targs.to(logits.dtype)*(1-self.eps)+self.eps/2
+        loss = F.binary_cross_entropy_with_logits(logits, smooth, reduction='none').mean(1)
+        return loss if self.reduction=='none' else loss.sum() if self.reduction=='sum' else loss.mean()
+    def activation(self,
+        out # (n, c) logits
+    ):
+        "Probability of every label"
+        return out.sigmoid()
+    def decodes(self,
+        out # (n, c) logits
+    ):
+        "Labels that are more probable than not"
+        return out>0
+
 # %% ../../nbs/49_imbalance.ipynb #98c292c0
 def train_targs(
     dls # fastai `DataLoaders`, from `get_dls`
@@ -158,31 +183,7 @@ def counted_weights(
         raise ValueError('class_weights and balanced are for one label an image; leave them off where images have several')
     return class_weights(rule, train_targs(dls), dls.vocab)
 
-# %% ../../nbs/49_imbalance.ipynb #56e3071c
-class MultiLabelLoss(nn.Module):
-    "Binary cross-entropy of every label, the mean over labels; smoothing moves each target towards .5"
-    y_int = True # CutMix mixes the losses of both images, which is the loss of the mixed targets
-    def __init__(self,
-        eps:float=0. # Label smoothing: yes becomes 1-eps/2, no eps/2
-    ):
-        super().__init__()
-        self.eps,self.reduction = eps,'mean'
-    def forward(self, logits, targs):
-        logits,targs = logits.as_subclass(Tensor),targs.as_subclass(Tensor) # of plain tensors, whatever fastai calls them
-        smooth = targs.to(logits.dtype)*(1-self.eps)+self.eps/2
-        loss = F.binary_cross_entropy_with_logits(logits, smooth, reduction='none').mean(1)
-        return loss if self.reduction=='none' else loss.sum() if self.reduction=='sum' else loss.mean()
-    def activation(self,
-        out # (n, c) logits
-    ):
-        "Probability of every label"
-        return out.sigmoid()
-    def decodes(self,
-        out # (n, c) logits
-    ):
-        "Labels that are more probable than not"
-        return out>0
-
+# %% ../../nbs/49_imbalance.ipynb #21cac900
 def training_loss(
     rcp:dict, # From `recipe`
     dls # fastai `DataLoaders` that it trains on
