@@ -14,6 +14,7 @@ from ..files import *
 from ..outputs import *
 from ..ranges import *
 from ..data.images import *
+from ..data.folds import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
@@ -61,6 +62,7 @@ def images_to_test(
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
     images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked)
+    if split.get('fold'): images = take_fold(images, split['fold'], split['valid_pct'], split['seed'])
     check_same_classes(images.vocab, config['classes'])
     has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
