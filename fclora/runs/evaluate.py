@@ -8,7 +8,7 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #ba35ee55
+# %% ../../nbs/79_evaluate.ipynb #138085ab
 import torch
 from ..files import *
 from ..outputs import *
@@ -46,7 +46,7 @@ def all_images(
     if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 
-# %% ../../nbs/79_evaluate.ipynb #33b16b08
+# %% ../../nbs/79_evaluate.ipynb #37801fe5
 def images_to_test(
     source, # Data set or folder; the run's own by default
     config:dict, # From `read_config`
