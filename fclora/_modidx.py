@@ -648,7 +648,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fclora.report.html.inline_image': ('html.html#inline_image', 'fclora/report/html.py'),
                                     'fclora.report.html.inline_picture': ('html.html#inline_picture', 'fclora/report/html.py')},
             'fclora.report.making': { 'fclora.report.making._metrics_picture': ('making.html#_metrics_picture', 'fclora/report/making.py'),
-                                      'fclora.report.making._options': ('making.html#_options', 'fclora/report/making.py'),
+                                      'fclora.report.making._option': ('making.html#_option', 'fclora/report/making.py'),
                                       'fclora.report.making._setting_text': ('making.html#_setting_text', 'fclora/report/making.py'),
                                       'fclora.report.making.costs_section': ('making.html#costs_section', 'fclora/report/making.py'),
                                       'fclora.report.making.mistakes_section': ('making.html#mistakes_section', 'fclora/report/making.py'),

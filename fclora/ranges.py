@@ -13,7 +13,7 @@ __all__ = ['ranges', 'in_range', 'check_ranges']
 # %% ../nbs/18a_ranges.ipynb #3899ba1e
 from numbers import Integral,Real
 
-# %% ../nbs/18a_ranges.ipynb #968e5d3d
+# %% ../nbs/18a_ranges.ipynb #793538aa
 ranges = dict( # {option: (lowest, highest)}; a value of None means the default and is always allowed
     # images
     size=(1, 4096), valid_pct=(.0001, .9999), test_pct=(.0001, .9999), num_workers=(0, 256),
@@ -26,7 +26,7 @@ ranges = dict( # {option: (lowest, highest)}; a value of None means the default 
     budget=(0, 10**12), lo=(0, 65_536), hi=(0, 65_536), lora_alpha=(0., 1e6), dropout=(0., .999), from_block=(0, 10_000),
     score_batches=(1, 10**9), settle=(0., .999), head_warmup=(0, 10**6),
     # a finished run
-    top_k=(1, 10**6), port=(1, 65_535), recover=(0, 10**6),
+    top_k=(1, 10**6), port=(1, 65_535), recover=(0, 10**6), sets=(.0001, .9999), min_confidence=(0., 1.), max_error=(.0001, .9999),
     # pretraining and speed
     minutes=(.0001, 1e6), mixup=(0., 1000.), patch_drop=(0., .999), ema=(0., .9999999), steps=(1, 10**6), warmup=(0, 10**6),
     rank=(1, 65_536), threads=(1, 4096))

@@ -98,8 +98,8 @@ def test_prediction_abstains_below_the_threshold(folder, photos, capsys):
     assert 'abstains' not in predict(folder, photos, device='cpu')[0]
 
 def test_wrong_use_is_one_clear_error(folder, photos):
-    for kw,msg in ((dict(min_confidence=1.5), '--min-confidence must lie in 0..1'), (dict(min_confidence=.5, max_error=.1), 'not both'),
-                   (dict(max_error=5.), 'level must lie between 0 and 1'), (dict(max_error=.0001), '200 held-out images cannot promise')):
+    for kw,msg in ((dict(min_confidence=1.5), '--min-confidence must be a number in 0.0..1.0'), (dict(min_confidence=.5, max_error=.1), 'not both'),
+                   (dict(max_error=5.), '--max-error must be a number in'), (dict(max_error=.0001), '200 held-out images cannot promise')):
         with pytest.raises(ValueError, match=msg): predict(folder, photos, device='cpu', **kw)
     with pytest.raises(ValueError, match='--max-error needs promises'): lowest_confidence({}, max_error=.1)
 

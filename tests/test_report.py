@@ -16,6 +16,9 @@ from fclora.report.sections import *
 from fclora.report.plots import *
 from fclora.report.seeds import *
 from fclora.report.tables import *
+from fclora.cli import main
+from fclora.runs.finetune import finetune
+from fclora.runs.folder import load_run
 from fclora.runs.run import Run
 from fclora.sites import Site
 
@@ -155,7 +158,7 @@ def test_what_was_asked_is_said_in_words_and_numbers():
     page,t = report_html(r, 'runs/my zoo'),r.metrics['test']
     text = Tags(page).text
     for o in ('to train on8','low-rank adapters','363 of its 1,363 numbers', f"{t['nll']:.4f}", f"{t['brier']:.4f}", f"{t['smooth_ece']:.4f}", f"{t['aurc']:.4f}", '120 validation images',
-              'breaks every one of these promises', '75.0\u00a0% of 4 test images', "fclora predict 'runs/my zoo' photo.jpg", '--sets .9', "fclora evaluate 'runs/my zoo' FOLDER", 'fclora finetune zoo'): assert o in text, o
+              'breaks every one of these promises', '75.0\u00a0% of 4 test images', "fclora predict 'runs/my zoo' photo.jpg", '--sets .9', "fclora evaluate 'runs/my zoo' FOLDER"): assert o in text, o
     assert scores_table(t).index.tolist()[:2]==['NLL','Brier score']
     for score,d in t['sets'].items():
         for level in d: assert f'{float(level):.0%}'.replace('%', '\u00a0%')+f', {score}' in text
@@ -183,15 +186,29 @@ def test_many_large_photographs_stay_small():
 
 def test_the_command_repeats_what_was_asked():
     r = made_run(method='head', seed=3)
-    r.config['model'].update(one_head=True, size=64, pretrained=False, checkpoint=None)
-    r.config['data'].update(source='my pets', limit='9,9,9', valid_pct=.3, flip=False, skip_bad=True)
-    r.config['recipe'] = dict(epochs=4, lr=None, smoothing=.1, batch_size=8)
-    words = shlex.split(repeat_command(r))
-    assert words[:5]==['fclora','finetune','my pets','--method','head']
-    pairs = dict(zip(words, words[1:]))
-    assert (pairs['--model'],pairs['--size'],pairs['--limit'],pairs['--valid-pct'],pairs['--seed'],pairs['--epochs'],pairs['--batch-size'])==('tiny','64','9,9,9','0.3','3','4','8')
-    assert {'--one-head','--no-pretrained','--no-flip','--skip-bad','--no-probe'}<=set(words) and not {'--lr','--smoothing','--plan','--no-sets'}&set(words)
-    assert '--plan runs/zoo/plan.json' in repeat_command(made_run(plan=made_plan()), 'runs/zoo')
+    assert repeat_command(r)=='' and 'does not say by which command' in report_html(r)
+    r.config['asked'] = dict(data='my pets', method='head', plan=None, seed=3, recipe='auto', probe=True, compile=False, checkpointing=True, pretrained=False, hold_out=False,
+                             skip_bad=True, limit='9,9,9', lr=.1, classes='::2')
+    assert shlex.split(repeat_command(r))==['fclora','finetune','my pets','--method','head','--seed','3','--checkpointing','--no-pretrained','--no-hold-out','--skip-bad',
+                                            '--limit','9,9,9','--lr','0.1','--classes','::2']
+    assert 'fclora finetune &#x27;my pets&#x27; --method head' in report_html(r)
+
+def test_the_command_of_a_run_makes_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = finetune('digits', 'uniform', budget=18, epochs=1, limit='60,20,40', probe=False, head='fresh', quiet=True, out='a')
+    words = shlex.split(repeat_command(load_run('a', model=False)))
+    assert words[:3]==['fclora','finetune','digits'] and main([*words[1:], '--out', 'b', '--quiet'])==0
+    again = load_run('b', model=False)
+    for k in ('accuracy','nll','T'): assert again.metrics['test'][k]==first.metrics['test'][k]
+    assert again.plan.ranks==first.plan.ranks and again.config['asked']==first.config['asked']
+
+def test_a_probe_that_was_kept_is_not_called_an_adapter():
+    r = made_run(plan=made_plan())
+    r.plan.ranks.update(dict.fromkeys(r.plan.ranks, 0))
+    r.metrics['params'].update(adapter=0)
+    page = report_html(r)
+    check_page(page)
+    assert 'Every rank is 0' in page and 'were no better than a new last layer' in page and 'low-rank' not in page
 
 @pytest.mark.parametrize('scheme', ['light','dark'])
 @pytest.mark.parametrize('width', [1100,390])

@@ -129,8 +129,9 @@ def test_a_damaged_vector_is_refused(folder, tmp_path, bad):
     import shutil
     shutil.copytree(folder, tmp_path/'r')
     config = json.loads((folder/'fclora.json').read_text())
+    del config['digest']
     (tmp_path/'r'/'fclora.json').write_text(json.dumps(dict(config, vector=bad)))
-    with pytest.raises(ValueError, match="damaged: 'vector'"): load_model(tmp_path/'r')
+    with pytest.raises(ValueError, match='vector must be a scale and a bias of 10 numbers each|NaN'): load_model(tmp_path/'r')
 
 def test_an_unknown_calibrator_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match='--calibrator must be temperature or vector'): finetune('no-such-folder', calibrator='beta')

@@ -107,7 +107,7 @@ def fit_thresholds(
     conf,right = judged(logits, targs)
     return {f'{e:g}':safe_threshold(conf, right, e) for e in max_errors}
 
-# %% ../../nbs/62b_abstain.ipynb #83fdcb3c
+# %% ../../nbs/62b_abstain.ipynb #6ff5c9a8
 def kept_threshold(
     thresholds:dict, # From `fit_thresholds`
     max_error:float, # Wanted error rate
@@ -118,5 +118,5 @@ def kept_threshold(
     good = [k for k,t in thresholds.items() if float(k)<=max_error+1e-9 and t is not None]
     if good: return float(max(good, key=float)),thresholds[max(good, key=float)]
     can = ', '.join(k for k,t in thresholds.items() if t is not None) or 'none at all'
-    raise ValueError(f'{n} held-out images cannot promise an error rate of {max_error:g} with a certainty of 95 %; they can promise: {can}. '
-                     'More validation images promise more, and --min-confidence takes a threshold of your own')
+    raise ValueError(f'{n} held-out images cannot promise an error rate of {max_error:g} with a certainty of 95 %; they can promise: '
+                     f'{can}. More validation images promise more, and --min-confidence takes a threshold of your own')

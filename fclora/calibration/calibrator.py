@@ -31,30 +31,30 @@ def check_calibrator(
     if calibrator not in calibrators: raise ValueError(f"--calibrator must be {' or '.join(calibrators)}, got {calibrator!r}")
     return calibrator
 
-# %% ../../nbs/62c_calibrator.ipynb #9055aee9
+# %% ../../nbs/62c_calibrator.ipynb #d25e0c0e
 halves_from = 200 # Validation images from which they are halved: 100 leave a coverage of 90 % uncertain by 3 points
 
 def halves(
     n:int, # Validation images
-    sets:bool=True, # Are prediction sets wanted?
+    hold_out:bool=True, # Are promises wanted?
     seed:int=0 # Of the choice
 )->tuple: # Row numbers for the calibrator, and for sets and thresholds; the same all where there are no halves
     "Random halves of the validation images, or all for the calibrator and none for the rest"
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return (order[:n//2],order[n//2:]) if sets and n>=halves_from else (order.sort()[0],order[:0])
+    return (order[:n//2],order[n//2:]) if hold_out and n>=halves_from else (order.sort()[0],order[:0])
 
-# %% ../../nbs/62c_calibrator.ipynb #83f56298
+# %% ../../nbs/62c_calibrator.ipynb #988afe5b
 def fit_calibration(
     logits:Tensor, # (n, c) of validation images
     targs:Tensor, # (n,) class numbers
     calibrator:str='temperature', # What makes probabilities of logits: temperature (as in the papers), or vector, kept where it is better
-    sets:bool=True, # Leave half of the validation images out of the calibrator, for prediction sets and for thresholds of abstaining
+    hold_out:bool=True, # Leave half of the validation images out of the calibrator, for prediction sets and for thresholds of abstaining
     seed:int=0 # Of the halves
 )->dict: # T, vector (or None) and held_out (or None), ready for JSON
     "The calibrator of a run, and what held-out images promise with it"
     check_calibrator(calibrator)
     x,y = check_logits(logits, targs)
-    fit,held = halves(len(y), sets, seed)
+    fit,held = halves(len(y), hold_out, seed)
     T = fit_temperature(x[fit], y[fit])
     vector = choose_vector(x[fit], y[fit], T, seed) if calibrator=='vector' else None
     if not len(held): return dict(T=T, vector=vector, held_out=None)
@@ -62,18 +62,20 @@ def fit_calibration(
     promises = dict(sets=fit_sets(z, y[held]), min_confidence=fit_thresholds(z, y[held]))
     return dict(T=T, vector=vector, held_out=dict(calibrated_on=len(fit), n=len(held), **promises))
 
-# %% ../../nbs/62c_calibrator.ipynb #57fd8b46
+# %% ../../nbs/62c_calibrator.ipynb #7ba0418c
 def calibration_text(
     calibration:dict, # From `fit_calibration`
     n:int, # Validation images
-    sets:bool=True, # Were sets wanted?
+    hold_out:bool=True, # Were promises wanted?
     calibrator:str='temperature' # What was asked for
 )->str: # One line
     "What became of the validation images"
     held,kept = calibration['held_out'],'a factor and an offset for each class' if calibration['vector'] else 'a temperature'
     if calibrator=='vector' and not calibration['vector']: kept += ' (a vector was no better)'
-    if held: return f"calibrated by {kept} from {held['calibrated_on']} validation images; the other {held['n']} give prediction sets and thresholds"
-    why = f': they need {halves_from} validation images' if sets else ''
+    if held:
+        return (f"calibrated by {kept} from {held['calibrated_on']} validation images; "
+                f"the other {held['n']} give prediction sets and thresholds")
+    why = f': they need {halves_from} validation images' if hold_out else ''
     return f'calibrated by {kept} from all {n} validation images; no prediction sets' + why
 
 # %% ../../nbs/62c_calibrator.ipynb #540cde47
@@ -124,7 +126,7 @@ def measure_task(
     "Every number of a run on test images, with one label an image or several"
     return measure_calibrated(logits, targs, config) if targs.ndim==1 else task_table(logits, targs, config.get('T') or 1.)
 
-# %% ../../nbs/62c_calibrator.ipynb #29bdef60
+# %% ../../nbs/62c_calibrator.ipynb #5ff0108e
 def promise_rows(
     table:dict # From `measure_calibrated`
 )->dict: # {row: text}, few where nothing was promised
@@ -134,12 +136,14 @@ def promise_rows(
     for score,levels in table.get('sets', {}).items():
         for level,o in levels.items():
             lowest = min(c for c in o['class_coverage'] if c is not None)
-            rows[f'{score} sets of {float(level):.0%}'] = f"{percent(o['coverage'])} hold it (worst class {percent(lowest)}), {o['size']:.2f} classes"
+            holds = f"{percent(o['coverage'])} hold it (worst class {percent(lowest)})"
+            rows[f'{score} sets of {float(level):.0%}'] = f"{holds}, {o['size']:.2f} classes"
     for e,o in table.get('abstain', {}).items():
-        if float(e) in (.01,.05,.1): rows[f'at most {float(e):.0%} wrong'] = f"{percent(o['coverage'])} answered, {percent(o['error'])} of these wrong"
+        if float(e) not in (.01,.05,.1): continue
+        rows[f'at most {float(e):.0%} wrong'] = f"{percent(o['coverage'])} answered, {percent(o['error'])} of these wrong"
     return rows
 
-# %% ../../nbs/62c_calibrator.ipynb #c029f197
+# %% ../../nbs/62c_calibrator.ipynb #2f30c994
 def _is_number(v): return isinstance(v, (int,float)) and math.isfinite(v)
 
 def is_vector(
@@ -158,5 +162,6 @@ def is_held_out(
     if held is None: return True
     if not isinstance(held, dict) or not isinstance(held.get('sets'), dict): return False
     maps = [held.get('min_confidence'), *(held['sets'].get(k) for k in set_scores)]
-    def sound(m): return isinstance(m, dict) and m and all(k.replace('.', '', 1).isdigit() and (v is None or _is_number(v)) for k,v in m.items())
+    def fits(k, v): return k.replace('.', '', 1).isdigit() and (v is None or _is_number(v))
+    def sound(m): return isinstance(m, dict) and m and all(fits(k, v) for k,v in m.items())
     return isinstance(held.get('n'), int) and isinstance(held.get('calibrated_on'), int) and all(map(sound, maps))

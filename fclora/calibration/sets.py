@@ -97,7 +97,7 @@ def set_members(
     scores = class_scores(logits, score)
     return members(scores, sets[score][kept_level(sets[score], level)])
 
-# %% ../../nbs/62a_sets.ipynb #1dc94ff0
+# %% ../../nbs/62a_sets.ipynb #7037e20f
 def class_means(
     x:Tensor, # (n,) numbers
     targs:Tensor, # (n,) class numbers
@@ -115,9 +115,10 @@ def set_table(
 )->dict: # {score: {level: coverage, size, empty, single, class_coverage, class_size}}, ready for JSON
     "Share of sets that hold the true class and mean size, of all images and of each class"
     x,y = check_logits(logits, targs)
+    c = x.shape[1]
     def measured(score, level):
         m = set_members(x, sets, level, score)
         hit,size = m.gather(1, y[:,None])[:,0].double(),m.sum(1).double()
         return dict(coverage=hit.mean().item(), size=size.mean().item(), empty=(size==0).double().mean().item(),
-                    single=(size==1).double().mean().item(), class_coverage=class_means(hit, y, x.shape[1]), class_size=class_means(size, y, x.shape[1]))
+                    single=(size==1).double().mean().item(), class_coverage=class_means(hit, y, c), class_size=class_means(size, y, c))
     return {score:{f'{l:g}':measured(score, l) for l in levels} for score in set_scores}

@@ -59,7 +59,8 @@ def take_fold(
     items,targs,files = pool_images(images)
     rows = fold_rows(targs, fold, valid_pct, seed)
     def take(what, o): return what[o] if isinstance(what, torch.Tensor) else [what[i] for i in o]
-    return replace(images, **{k:(take(items, o),targs[o]) for k,o in rows.items()}, files=files and {k:take(files, o) for k,o in rows.items()},
+    splits = {k:(take(items, o),targs[o]) for k,o in rows.items()}
+    return replace(images, **splits, files=files and {k:take(files, o) for k,o in rows.items()},
                    notes=[f'fold {fold} is the test'], made=['valid','test'])
 
 def fold_names(

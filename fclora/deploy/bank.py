@@ -69,7 +69,7 @@ def base_hash(
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/84_bank.ipynb #d4b109cd
+# %% ../../nbs/84_bank.ipynb #1302fe8b
 def _noise(size): return random_pixels(2, size)/128-1
 
 def _misfits(model):
@@ -86,7 +86,8 @@ def bank_part(
     "A run taken apart into its base and what it adds"
     model,cfg = load_model(run, checkpoint)
     need_T(cfg, run)
-    if cfg.get('vector'): raise ValueError(f'a bank holds one temperature a run, and {run} has a vector: train it with --calibrator temperature')
+    if cfg.get('vector'):
+        raise ValueError(f'a bank holds one temperature a run, and {run} has a vector: train it with --calibrator temperature')
     for n,cls in _misfits(model).items():
         raise ValueError(f'a bank takes LoRA on linear layers that are called, and linear heads; '
                          f'in {run} {n} is a {cls.__name__}')

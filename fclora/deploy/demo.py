@@ -19,14 +19,15 @@ from ..runs.folder import *
 from ..runs.use import *
 from .onnx import *
 
-# %% ../../nbs/85_demo.ipynb #72d28b92
+# %% ../../nbs/85_demo.ipynb #121fc329
 def describe(
     config:dict, # Of a run
     metrics:dict # Of the same run; may be empty
 )->str:
     "What a visitor should know of the model"
     t,n = metrics.get('test'),len(config['classes'])
-    res = f"{config['model']['name']}, {n} classes. Probabilities are calibrated{'' if config.get('vector') else ' by temperature T = %.3f' % config['T']}."
+    how = 'class by class' if config.get('vector') else f"by temperature T = {config['T']:.3f}"
+    res = f"{config['model']['name']}, {n} classes. Probabilities are calibrated {how}."
     if t: res += f" On {t['n']:,} test images it was right on {t['accuracy']:.1%}, with a calibration error of {t['ece']:.3f}."
     return res + ' It knows no other classes: a picture of anything else gets one of these all the same.'
 

@@ -155,10 +155,11 @@ def save_card(
     with atomic_path(folder/'README.md') as tmp: tmp.write_text(card.content, encoding='utf-8')
     return folder/'README.md'
 
-# %% ../../nbs/80_hub.ipynb #631a8364
+# %% ../../nbs/80_hub.ipynb #4d6e4675
 def _public(path):
-    "A JSON file of a run as bytes, with the name of the data in place of its path on this machine"
+    "A JSON file of a run as bytes, with the name of the data in place of its path on this machine, and without what was asked for"
     d = json.loads(path.read_text(encoding='utf-8'))
+    d.pop('asked', None)
     for o in (d, d.get('settings', {})):
         if 'source' in o.get('data', {}): o['data']['source'] = o['data']['name']
     return json.dumps(d, indent=1, ensure_ascii=False).encode()

@@ -245,7 +245,7 @@ def plan_of(
     return Plan(name or type(model).__name__, sites, ranks, sum(ranks.values()), method='peft', hi=max(ranks.values()),
                 adapter=_adapter_name(first), scaling=scaling, dropout=first.dropout_p)
 
-# %% ../../nbs/81_peft.ipynb #a1b3cae4
+# %% ../../nbs/81_peft.ipynb #bb948faf
 def export_peft(
     run:str, # Run folder
     out:str, # Folder to write
@@ -262,5 +262,5 @@ def export_peft(
     base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'
     print(f"saved in {out}; load it by PeftModel.from_pretrained({base}, {str(out)!r})")
     if cfg['T']: print(f"PEFT has no place for the temperature: divide the logits by {cfg['T']:.4f}")
-    if cfg.get('vector'): print('nor for the vector: its scale and bias are in fclora.json, and apply to log-probabilities after the temperature')
+    if cfg.get('vector'): print('nor for the vector: fclora.json has its scale and bias, which apply to the log-probabilities after it')
     return Path(out)

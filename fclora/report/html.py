@@ -31,13 +31,13 @@ def html_table(
     body = ''.join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<div class=scroll><table class={cls}><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table></div>"
 
-# %% ../../nbs/74a_html.ipynb #b320cbe6
+# %% ../../nbs/74a_html.ipynb #56f7a81e
 def html_cards(
     numbers:dict # {what: (value, remark)}, texts
 )->str:
     "A few numbers that are seen first"
-    return '<div class=cards>' + ''.join(f'<div class=card>{escape(what)}<b>{escape(value)}</b><span>{escape(remark)}</span></div>'
-                                        for what,(value,remark) in numbers.items()) + '</div>'
+    def card(what, value, remark): return f'<div class=card>{escape(what)}<b>{escape(value)}</b><span>{escape(remark)}</span></div>'
+    return '<div class=cards>' + ''.join(card(what, *o) for what,o in numbers.items()) + '</div>'
 
 def html_text(
     *paragraphs # Texts; empty ones are left out
@@ -58,7 +58,7 @@ def html_details(
     "What only some will want to see, folded away"
     return f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
 
-# %% ../../nbs/74a_html.ipynb #4768b711
+# %% ../../nbs/74a_html.ipynb #3b88b1cf
 def inline_picture(
     draw, # Called with the `Figure` to fill
     alt:str, # What the picture shows, in words
@@ -73,9 +73,10 @@ def inline_picture(
     png = buffer.getvalue()
     width = int.from_bytes(png[16:20], 'big')//2
     cls = 'plot wide' if width>600 else 'plot'
-    return f'<div class=scroll><img class="{cls}" alt="{escape(alt)}" width="{width}" src="data:image/png;base64,{b64encode(png).decode()}"></div>'
+    src = f'data:image/png;base64,{b64encode(png).decode()}'
+    return f'<div class=scroll><img class="{cls}" alt="{escape(alt)}" width="{width}" src="{src}"></div>'
 
-# %% ../../nbs/74a_html.ipynb #8de3961c
+# %% ../../nbs/74a_html.ipynb #b0295dcb
 def inline_image(
     image, # uint8 tensor (3, h, w), or an image file
     alt:str, # What it shows, in words
@@ -88,20 +89,22 @@ def inline_image(
     tiny = x.shape[-1]<=64
     kind,buffer = 'png' if tiny else 'jpeg',BytesIO()
     to_pil_image(x).save(buffer, kind, quality=85)
-    return f'<img class={"pixels" if tiny else "photo"} alt="{escape(alt)}" src="data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}">'
+    src = f'data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}'
+    return f'<img class={"pixels" if tiny else "photo"} alt="{escape(alt)}" src="{src}">'
 
 def html_pictures(
     pictures:list # (image, alt, caption), as for `inline_image`
 )->str:
     "Images in rows, as many as the screen is wide, each with a caption"
-    return '<div class=pictures>' + ''.join(f'<figure>{inline_image(image, alt)}<figcaption>{escape(text)}</figcaption></figure>'
-                                           for image,alt,text in pictures) + '</div>'
+    def figure(image, alt, text): return f'<figure>{inline_image(image, alt)}<figcaption>{escape(text)}</figcaption></figure>'
+    return '<div class=pictures>' + ''.join(figure(*o) for o in pictures) + '</div>'
 
-# %% ../../nbs/74a_html.ipynb #392bdfc0
+# %% ../../nbs/74a_html.ipynb #9169033d
 page_style = '''
 :root{color-scheme:light dark;--line:#8885;--soft:#8882;--quiet:#6b6b6b} *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,sans-serif;max-width:56rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:break-word}
-h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0} h2{font-size:1.35rem;line-height:1.25;margin:2.75rem 0 .5rem;padding-top:.75rem;border-top:1px solid var(--line)}
+h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0}
+h2{font-size:1.35rem;line-height:1.25;margin:2.75rem 0 .5rem;padding-top:.75rem;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.6rem 0 .3rem} p{margin:.6rem 0;max-width:46rem} .lead{font-size:1.1rem}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:1rem 0;font-size:.9rem} a{color:inherit}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
@@ -109,12 +112,15 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:1rem 0;font-size:.9rem} a{
 .card b{display:block;font-size:1.6rem;line-height:1.3} .card span,figcaption,.lost{color:var(--quiet)}
 .plot{display:block;max-width:100%;height:auto;margin:1rem 0} .wide{max-width:max(100%,36rem)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:1rem .8rem;margin:1rem 0}
-figure{margin:0;min-width:0} figcaption{font-size:.85rem;line-height:1.35;overflow-wrap:anywhere} figure img,.lost{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:6px}
+figure{margin:0;min-width:0} figcaption{font-size:.85rem;line-height:1.35;overflow-wrap:anywhere}
+figure img,.lost{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:6px}
 .pixels{image-rendering:pixelated} .scroll{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem 1.1rem .25rem 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-.numbers td{white-space:nowrap} .text td,.text th{text-align:left;overflow-wrap:anywhere} th{font-weight:600} tbody th{font-weight:400} th:first-child{text-align:left}
-pre{background:var(--soft);border-radius:8px;padding:.7rem .9rem;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
+.numbers td{white-space:nowrap}
+.text td,.text th{text-align:left;overflow-wrap:anywhere} th{font-weight:600} tbody th{font-weight:400} th:first-child{text-align:left}
+pre{background:var(--soft);border-radius:8px;padding:.7rem .9rem;font-size:.85rem;white-space:pre-wrap;
+overflow-wrap:anywhere;user-select:all}
 details{margin:1rem 0} summary{cursor:pointer;font-weight:600}
 @media (prefers-color-scheme:dark){:root{--quiet:#a3a3a3} .plot{filter:invert(1) hue-rotate(180deg)}}
 @media print{details>*{display:block} h2{break-after:avoid} img,tr{break-inside:avoid}}'''

@@ -24,7 +24,7 @@ from .html import *
 from .sections import *
 from .making import *
 
-# %% ../../nbs/75_page.ipynb #946b84cb
+# %% ../../nbs/75_page.ipynb #72cec458
 def first_numbers(
     run:Run # Any
 )->dict: # {what: (value, remark)}
@@ -36,8 +36,9 @@ def first_numbers(
            'gap of confidence (ECE)':(f"{t['ece']:.3f}", f"{t['ece_raw']:.3f} before calibration")}
     if t.get('sets'):
         o = t['sets']['adaptive']['0.9']
-        res['sets of 90\u00a0%'] = f"{o['size']:.2f} classes",f"hold the true one in {percent(o['coverage'])}"
-    return res | {'trained':(f"{100*p['trainable']/p['total']:.2g}\u00a0%", f"of {p['total']:,} numbers, in {m['seconds']['train']:,.0f} s")}
+        res['sets of 90\u00a0%'] = f"{o['size']:.2f}",f"classes on average; {percent(o['coverage'])} hold the true one"
+    share = 100*p['trainable']/p['total']
+    return res | {'trained':(f'{share:.2g}\u00a0%', f"of {p['total']:,} numbers, in {m['seconds']['train']:,.0f} s")}
 
 # %% ../../nbs/75_page.ipynb #ab53a2f3
 def labels_section(
@@ -60,7 +61,7 @@ def labels_section(
     alt = 'Reliability of all decisions before and after the temperatures'
     return html_section('Labels', html_text(text), table, inline_picture(draw, alt, (7,3.7)))
 
-# %% ../../nbs/75_page.ipynb #b3f94157
+# %% ../../nbs/75_page.ipynb #02ffe452
 def report_html(
     run:Run, # With logits, targs and images, for the pictures drawn from them
     folder=None # Run folder, for the commands
@@ -69,9 +70,10 @@ def report_html(
     c = run.config
     judged = [labels_section(run)] if c.get('task')=='multi' else [good_section(run), sure_section(run), mistakes_section(run)]
     sections = [what_section(run), *judged, ranks_section(run), training_section(run), costs_section(run), use_section(run, folder),
-                repeat_section(run, folder)]
+                repeat_section(run)]
     lead = f"{c['model']['name']}, fine-tuned by the method {c['method']}: what it is, how far to trust it, and how to use it."
-    return html_page(f"An image classifier for {c['data']['name']}", html_text(lead), html_cards(first_numbers(run)), html_links(sections), *sections)
+    top = html_text(lead),html_cards(first_numbers(run)),html_links(sections)
+    return html_page(f"An image classifier for {c['data']['name']}", *top, *sections)
 
 # %% ../../nbs/75_page.ipynb #2054c961
 def compare_html(

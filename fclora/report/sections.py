@@ -22,7 +22,7 @@ from .tables import *
 from .plots import *
 from .html import *
 
-# %% ../../nbs/74b_sections.ipynb #e7b5e4ee
+# %% ../../nbs/74b_sections.ipynb #d3057198
 def percent(
     x:float, # Share
     digits:int=1 # After the point
@@ -36,21 +36,26 @@ def method_text(
     "What was trained, for a reader who knows neither adapters nor ranks"
     method,p = run.config['method'],run.metrics['params']
     share = f"{p['trainable']:,} of its {p['total']:,} numbers ({100*p['trainable']/p['total']:.2g} %)"
+    if run.plan and not p['adapter']:
+        return (f'Small corrections inside it were tried, and were no better than a new last layer alone. That is what was kept: {share}, '
+                'and the network itself stayed as it was.')
     if method=='full': return f"All of its {p['total']:,} numbers were trained further on the images below (full fine-tuning)."
-    if method=='head': return f'The network itself stayed as it was; only its last layer was trained ({share}), which is called a linear probe.'
-    return (f'The network itself stayed as it was. Small corrections were added inside it and trained together with a new last layer: {share}. '
-            'Such corrections are called low-rank adapters (LoRA).')
+    if method=='head': return f'The network itself stayed as it was; only its last layer was trained: {share}. It is called a linear probe.'
+    return ('The network itself stayed as it was. Small corrections were added inside it and trained together with a new last layer: '
+            f'{share}. Such corrections are called low-rank adapters (LoRA).')
 
 def what_section(
     run:Run # Any
 )->str: # HTML
     "What was trained on what"
-    c,d = run.config,run.config['data']
-    base = ', a network trained on other images before' if c['model'].get('pretrained', True) or c['model'].get('checkpoint') else ', a network without earlier training'
-    text = f"A picture goes in, and for each of {len(c['classes'])} classes a probability comes out. It is {c['model']['name']}{base}. {method_text(run)}"
-    counts = {'to train on':d.get('train'), 'to choose by, and to calibrate':d.get('valid'), 'to test on, looked at once at the end':d.get('test')}
-    table = pd.DataFrame({'images':[f'{n:,}' for n in counts.values() if n is not None]}, index=[k for k,n in counts.items() if n is not None])
-    return html_section('What it is', html_text(text, f"The images are {d['name']}. Classes: {name_some(c['classes'], 30)}."), html_table(table))
+    c,d,m = run.config,run.config['data'],run.config['model']
+    base = 'trained on other images before' if m.get('pretrained', True) or m.get('checkpoint') else 'without earlier training'
+    text = f"A picture goes in, and for each of {len(c['classes'])} classes a probability comes out."
+    net = f"It is {m['name']}, a network {base}. {method_text(run)}"
+    uses = dict(train='to train on', valid='to choose by, and to calibrate', test='to test on, looked at once at the end')
+    table = pd.DataFrame({'images':{use:f'{d[k]:,}' for k,use in uses.items() if d.get(k) is not None}})
+    names = f"The images are {d['name']}. Classes: {name_some(c['classes'], 30)}."
+    return html_section('What it is', html_text(f'{text} {net}', names), html_table(table))
 
 # %% ../../nbs/74b_sections.ipynb #e436287b
 def accuracy_interval(
@@ -67,16 +72,17 @@ def lost(
     "A sentence in place of what needs test logits or images"
     return html_text(f'The test {what} of this run are not at hand, so this cannot be drawn.')
 
-# %% ../../nbs/74b_sections.ipynb #3c0ee043
+# %% ../../nbs/74b_sections.ipynb #68acc3bb
 def good_section(
     run:Run # With logits and targs, for the picture
 )->str: # HTML
     "How often it is right, and on which classes"
     t,n = run.metrics['test'],run.metrics['test']['n']
     lo,hi = accuracy_interval(t['accuracy'], n)
-    text = f"{percent(t['accuracy'])} of {n:,} test images are classified right (with so many images: between {percent(lo)} and {percent(hi)}). "
+    text = (f"{percent(t['accuracy'])} of {n:,} test images are classified right "
+            f'(with so many images: between {percent(lo)} and {percent(hi)}). ')
     probe = run.metrics.get('probe_accuracy')
-    if probe is not None: text += f'The unchanged network with a new last layer alone, a linear probe, reaches {percent(probe)}. '
+    if probe is not None: text += f'The unchanged network with a new last layer, a linear probe, reaches {percent(probe)}. '
     if t.get('calibrator')=='vector': text += f"Before calibration, which may change answers here, it was {percent(t['accuracy_raw'])}. "
     text += f"The mean over classes is {percent(t['class_acc_mean'])}."
     if run.logits is None: return html_section('How good it is', html_text(text), lost('logits'))
@@ -85,9 +91,10 @@ def good_section(
     missing = f'Without test images: {name_some(empty, 20)}.' if empty else ''
     def draw(fig): plot_class_accuracy(*args, ax=fig)
     picture = inline_picture(draw, 'Bars of the accuracy of each class, lowest first')
-    return html_section('How good it is', html_text(text, 'Beside each bar stand the right answers of all test images of that class. '+missing), picture)
+    reading = 'Beside each bar stand the right answers of all test images of that class. '
+    return html_section('How good it is', html_text(text, reading+missing), picture)
 
-# %% ../../nbs/74b_sections.ipynb #d5e21f0d
+# %% ../../nbs/74b_sections.ipynb #7e1b397f
 def scores_table(
     t:dict # From `calibration_table`
 )->pd.DataFrame: # Text, one row a measure
@@ -101,38 +108,48 @@ def surest(
 )->str: # Empty where no image is in the last bin
     "What the most confident answers claim and keep, in words"
     n,conf,acc = [t['bins'][k][-1] for k in ('count','conf','acc')]
-    return f"Of the {n:,} test images with a confidence above {percent(t['bins']['lo'][-1], 0)}, it claims to be right on {percent(conf)} and is right on {percent(acc)}." if n else ''
+    above = percent(t['bins']['lo'][-1], 0)
+    return (f'Of the {n:,} test images with a confidence above {above}, it claims to be right on {percent(conf)} '
+            f'and is right on {percent(acc)}.') if n else ''
 
 def reliability_part(
     run:Run # Any
 )->str: # HTML
     "Probabilities before and after the calibrator"
     t = run.metrics['test']
-    how = 'a factor and an offset for each class' if t.get('calibrator')=='vector' else f"one number, the temperature {t['T']:.3f},"
-    text = (f"Its answers come with a probability, the confidence. {how[0].upper()+how[1:]} was fitted on validation images so that a confidence can be read as a rate of right answers. "
-            + surest(t))
-    reading = (f"NLL and Brier score judge whole probabilities; lower is better. The ECE is the mean gap between confidence and accuracy: {t['ece']:.4f} here, where a perfect model "
-               f"would show {t['ece_floor']:.4f} on average with so many images, and less than {t['ece_floor_upper']:.4f} in 95 % of cases.")
+    how = f"One number, the temperature {t['T']:.3f}, was"
+    if t.get('calibrator')=='vector': how = 'A factor and an offset for each class were'
+    text = (f'Its answers come with a probability, the confidence. {how} fitted on validation images so that a confidence can be read '
+            'as a rate of right answers. ')
+    reading = ('NLL and Brier score judge whole probabilities; lower is better. The ECE is the mean gap between confidence and accuracy: '
+               f"{t['ece']:.4f} here, where a perfect model would show {t['ece_floor']:.4f} on average with so many images, "
+               f"and less than {t['ece_floor_upper']:.4f} in 95 % of cases.")
     def draw(fig):
         fig.set_layout_engine('none') # It cannot place the counts under their diagrams
         plot_bins(t, fig.subplots(1, 2, sharey=True))
     picture = inline_picture(draw, 'Reliability diagrams before and after calibration, with bin counts', (7,3.7))
-    return html_text(text, 'Bars on the diagonal keep what they claim; below are the numbers of images.') + picture + html_text(reading) + html_table(scores_table(t))
+    bars = 'Bars on the diagonal keep what they claim; below are the numbers of images.'
+    return html_text(text+surest(t), bars) + picture + html_text(reading) + html_table(scores_table(t))
 
-# %% ../../nbs/74b_sections.ipynb #53a52bb7
+# %% ../../nbs/74b_sections.ipynb #c832da19
 def sets_part(
     run:Run # Any
 )->str: # HTML; a sentence where no sets were fitted
     "Sets of classes, and how often they hold the true one"
     title,sets = '<h3>A few classes instead of one</h3>',run.metrics['test'].get('sets')
-    if not sets: return title + html_text('There are no prediction sets for this model: they need validation images that were held out from calibration.')
+    none = 'There are no prediction sets for this model: they need validation images that were held out from calibration.'
+    if not sets: return title + html_text(none)
     n = run.config['held_out']['n']
-    text = ('In place of one answer the model can name a set of classes that holds the true one at a promised rate, whatever the picture. '
-            f'The promise comes from {n:,} validation images that played no part in calibration, and is tested here on the test images. Adaptive sets grow with doubt and are never empty; '
-            'threshold sets are the smallest on average. The promise is for all images together: the worst class shows how far one class can be from it.')
-    def row(o): return [percent(o['coverage']), percent(min(c for c in o['class_coverage'] if c is not None)), f"{o['size']:.2f}", percent(o['single'], 0)]
+    text = ('In place of one answer the model can name a set of classes that holds the true one at a promised rate. The promise comes '
+            f'from {n:,} validation images that played no part in calibration, and is tested here on the test images. Adaptive sets grow '
+            'with doubt and are never empty; threshold sets are the smallest on average. The promise is for all images together: the '
+            'worst class shows how far one class can be from it.')
+    def row(o):
+        worst = min(c for c in o['class_coverage'] if c is not None)
+        return [percent(o['coverage']), percent(worst), f"{o['size']:.2f}", percent(o['single'], 0)]
     rows = {f'{percent(float(level), 0)}, {score}':row(o) for score,d in sets.items() for level,o in d.items()}
-    return title + html_text(text) + html_table(pd.DataFrame(rows, index=['holds it','worst class','mean size','one class']).T.rename_axis('promised'))
+    table = pd.DataFrame(rows, index=['holds it','worst class','mean size','one class']).T.rename_axis('promised')
+    return title + html_text(text) + html_table(table)
 
 def abstain_part(
     run:Run # With logits and targs, for the curve
@@ -141,22 +158,28 @@ def abstain_part(
     title = '<h3>When to leave it to a person</h3>'
     if run.logits is None: return title + lost('logits')
     z,t = calibrated(torch.as_tensor(run.logits).double(), run.config),run.metrics['test']
-    text = 'The surest answers are wrong least often. If only those are taken and the other images are looked at by a person, this share of the answers is wrong:'
+    text = ('The surest answers are wrong least often. If only those are taken and the other images are looked at by a person, '
+            'this share of the answers is wrong:')
     area = f"The mean over all shares, the area under this curve (AURC), is {t['aurc']:.4f}." if 'aurc' in t else ''
     def draw(fig): plot_risk_coverage(z, run.targs, fig.subplots())
-    parts = html_text(text) + inline_picture(draw, 'Share of wrong answers by the share of images that is answered', (4.8,2.6)) + html_text(area)
-    rows = {f'{float(e):.2g}':[f"{o['threshold']:.2f}", percent(o['coverage']), '–' if o['error'] is None else percent(o['error'])] for e,o in t.get('abstain', {}).items()}
-    if not rows: return title + parts + html_text('No confidence can be named from which errors stay below a rate: that needs more validation images that were held out from calibration.' )
-    table = pd.DataFrame(rows, index=['confidence from','answered','wrong']).T
-    table.index = pd.Index([f'{100*float(e):g}\u00a0%' for e in rows], name='at most wrong')
-    told = 'From the confidence in the second column on, at most the first column is wrong, with a certainty of 95 %; what happened on the test images stands beside it.'
+    picture = inline_picture(draw, 'Share of wrong answers by the share of images that is answered', (4.8,2.6))
+    parts = html_text(text) + picture + html_text(area)
+    def row(o): return [f"{o['threshold']:.2f}", percent(o['coverage']), '–' if o['error'] is None else percent(o['error'])]
+    rows = {f'{100*float(e):g}\u00a0%':row(o) for e,o in t.get('abstain', {}).items()}
+    none = ('No confidence can be named from which errors stay below a rate: that needs more validation images that were held out from '
+            'calibration.')
+    if not rows: return title + parts + html_text(none)
+    table = pd.DataFrame(rows, index=['confidence from','answered','wrong']).T.rename_axis('at most wrong')
+    told = ('From the confidence in the second column on, at most the first column is wrong, with a certainty of 95 %; '
+            'what happened on the test images stands beside it.')
     return title + parts + html_text(told) + html_table(table)
 
-# %% ../../nbs/74b_sections.ipynb #3df6b4e5
+# %% ../../nbs/74b_sections.ipynb #3ff20fb9
 def sure_section(
     run:Run # With logits and targs, for all pictures
 )->str: # HTML
     "What its confidence is worth: calibration, sets, abstaining"
-    warning = ('All of this holds for images like those it was measured on. Another camera, light, place or kind of picture breaks every one of these promises, and nothing in the answer tells: '
-               'measure again on such images (fclora evaluate), before anyone relies on it.')
+    warning = ('All of this holds for images like those it was measured on. Another camera, light, place or kind of picture breaks every '
+               'one of these promises, and nothing in the answer tells: measure again on such images (fclora evaluate), before anyone '
+               'relies on it.')
     return html_section('How sure it is', reliability_part(run), sets_part(run), abstain_part(run), html_text(warning))

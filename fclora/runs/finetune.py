@@ -100,7 +100,7 @@ def learner(self:Job,
     with self.step('adapt'):
         return fclora_learner(dls, model, plan or self.method, self.rcp, self.seed, checkpointing=checkpointing, compile=compile)
 
-# %% ../../nbs/76_finetune.ipynb #9f7c40c5
+# %% ../../nbs/76_finetune.ipynb #fa444740
 @patch
 def save(self:Job,
     learn, # From `fclora_learner`
@@ -109,7 +109,8 @@ def save(self:Job,
     metrics:dict=None # As `metrics.json`
 )->Run:
     "Write the run folder with what there is so far"
-    config = run_config(learn, self.about['model'], self.about['data'], self.seed, status=status) | (calibration or {})
+    config = run_config(learn, self.about['model'], self.about['data'], self.seed, status=status)
+    config.update(calibration or {}, asked=self.asked)
     run = Run(config, metrics or {}, self.history, learn.plan, learn.model)
     save_run(run, self.out)
     return run

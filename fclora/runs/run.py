@@ -80,7 +80,7 @@ def run_config(
     "The content of `fclora.json`"
     image = image_config(learn.model)
     probe = [[round(v, 5) for v in row] for row in probe_logits(learn.model, image['size']).tolist()]
-    y = getattr(learn.dls.train_ds, 'y', None)
+    y = getattr(getattr(learn.dls, 'train_ds', None), 'y', None)
     task = 'multi' if getattr(y, 'ndim', 1)==2 else 'single' # Has an image several labels, or one?
     return dict(format=2, status=status, task=task, method=learn.plan.method if learn.plan else learn.regime, model=model,
                 classes=list(learn.dls.vocab), image=image, T=T, seed=seed, **adapter_config(learn.model, learn.plan),

@@ -34,6 +34,7 @@ from ..report.text import *
 from ..report.plots import *
 from .run import *
 from .prepare import *
+from .job import *
 from .finetune import *
 from .compare import *
 

@@ -37,7 +37,7 @@ def compute_device(
     if device: return torch.device(device)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
 
-# %% ../../nbs/78_use.ipynb #5fbdb86f
+# %% ../../nbs/78_use.ipynb #d0e0f633
 def need_held_out(
     config:dict, # From `read_config`
     option:str # That needs held-out images, for the message
@@ -46,7 +46,7 @@ def need_held_out(
     held = config.get('held_out')
     if held: return held
     raise ValueError(f'{option} needs promises from held-out images, and this run has none: '
-                     f'train it with {halves_from} validation images or more, and without --no-sets')
+                     f'train it with {halves_from} validation images or more, and without --no-hold-out')
 
 def lowest_confidence(
     config:dict, # From `read_config`
@@ -54,9 +54,7 @@ def lowest_confidence(
     max_error:float=None # Or to be found from the share of wrong answers that is wanted
 )->float: # None where every image is answered
     "The confidence below which the model abstains; one that was found is said on stderr"
-    if max_error is None:
-        if min_confidence is not None and not 0<=min_confidence<=1: raise ValueError(f'--min-confidence must lie in 0..1, got {min_confidence}')
-        return min_confidence
+    if max_error is None: return min_confidence
     if min_confidence is not None: raise ValueError('give --min-confidence or --max-error, not both')
     held = need_held_out(config, '--max-error')
     rate,threshold = kept_threshold(held['min_confidence'], max_error, held['n'])
@@ -119,7 +117,7 @@ def predict_files(
             rows[file] = dict(file=file, top=[{'class':config['classes'][i], 'probability':o} for i,o in zip(cs, ps)], **more)
     return [rows[str(f)] for f in files]
 
-# %% ../../nbs/78_use.ipynb #7a5149be
+# %% ../../nbs/78_use.ipynb #be405cd5
 formats = ('table','csv','jsonl')
 
 def _cell(v): return ('no','yes')[v] if isinstance(v, bool) else ';'.join(v) or '(none)'
@@ -139,7 +137,8 @@ def print_predictions(
         if 'error' in o: print(visible(f"fclora: cannot read {o['file']}: {o['error']}"), file=sys.stderr)
     good = [o for o in rows if 'error' not in o]
     decided = [k for k in ('set','abstains') if good and k in good[0]]
-    lines = [[o['file'], str(i+1), top['class'], *(_cell(o[k]) for k in decided), top['probability']] for o in good for i,top in enumerate(o['top'])]
+    def cells_of(o, i, top): return [o['file'], str(i+1), top['class'], *(_cell(o[k]) for k in decided), top['probability']]
+    lines = [cells_of(o, i, top) for o in good for i,top in enumerate(o['top'])]
     header = ['file','rank','class',*decided,'probability']
     if format=='jsonl':
         plain = 'utf' in (sys.stdout.encoding or 'utf-8').lower() # other terminals get escapes, which JSON reads back
@@ -149,7 +148,7 @@ def print_predictions(
         csv.writer(sys.stdout, lineterminator='\n').writerows([header, *cells])
     else: print(aligned([header, *([*words, f'{p:.3f}'] for *words,p in lines)]))
 
-# %% ../../nbs/78_use.ipynb #7aae4c18
+# %% ../../nbs/78_use.ipynb #c722c819
 def predict(
     run:str, # Run folder
     *images, # Image files, or folders of them
@@ -166,7 +165,7 @@ def predict(
 )->list: # One dict an image: file, and top (class and probability), set and abstains where asked, or error
     "Calibrated class probabilities of image files"
     if format not in formats: raise ValueError(f'--format must be table, csv or jsonl, got {format!r}')
-    check_ranges(top_k=top_k, batch_size=batch_size)
+    check_ranges(top_k=top_k, batch_size=batch_size, sets=sets, min_confidence=min_confidence, max_error=max_error)
     files = [file for path in images for file in image_files(path)]
     if not files: raise ValueError('no image named, and none in the folders named')
     config = read_config(run)
