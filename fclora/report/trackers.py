@@ -83,7 +83,8 @@ class MLflow:
         from mlflow import MlflowClient
         self.client = MlflowClient(os.environ.get('MLFLOW_TRACKING_URI') or (out.absolute().parent/'mlruns').as_uri())
         known = self.client.get_experiment_by_name('fclora')
-        self.id = self.client.create_run(known.experiment_id if known else self.client.create_experiment('fclora'), run_name=out.name).info.run_id
+        experiment = known.experiment_id if known else self.client.create_experiment('fclora')
+        self.id = self.client.create_run(experiment, run_name=out.name).info.run_id
         for k,v in settings.items(): self.client.log_param(self.id, k, v)
     def numbers(self,
         values:dict, # {name: number}

@@ -62,7 +62,8 @@ def run_fold(
     i,_ = parse_fold(fold)
     folder = out/f'fold-{i}'
     file = folder/'test.csv'
-    if keep and file.is_file() and is_finished(folder): return load_run(folder, model=False),pd.read_csv(file, dtype=dict(path=str, label=str))
+    if keep and file.is_file() and is_finished(folder):
+        return load_run(folder, model=False),pd.read_csv(file, dtype=dict(path=str, label=str))
     with redirect_stdout(StringIO()) if quiet else nullcontext():
         run = finetune(data, out=str(folder), force=True, quiet=quiet, fold=fold, **kwargs)
     table = fold_table(run, files, i)
@@ -121,6 +122,7 @@ def folds(
     with atomic_path(out/'out_of_fold.csv') as tmp: table.to_csv(tmp, index=False)
     write_json(out/'folds.json', res)
     print(aligned(fold_lines(res)))
-    print(f"all {len(table):,} images, each by the run that has not seen it: accuracy {res['pooled']['accuracy']:.2%}, NLL {res['pooled']['nll']:.4f}")
+    every = res['pooled']
+    print(f"all {len(table):,} images, each by the run that has not seen it: accuracy {every['accuracy']:.2%}, NLL {every['nll']:.4f}")
     print(f'\nsaved in {out}')
     return res

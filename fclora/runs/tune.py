@@ -184,7 +184,9 @@ def next_trial(
     from optuna.distributions import CategoricalDistribution,FloatDistribution,IntDistribution
     from optuna.pruners import SuccessiveHalvingPruner
     from optuna.samplers import TPESampler
-    def of(v): return CategoricalDistribution(v) if isinstance(v, list) else (IntDistribution if type(v[0]) is int else FloatDistribution)(*v, log=True)
+    def of(v):
+        if isinstance(v, list): return CategoricalDistribution(v)
+        return (IntDistribution if type(v[0]) is int else FloatDistribution)(*v, log=True)
     study.sampler = TPESampler(seed=seed)
     study.pruner = SuccessiveHalvingPruner(min_resource=max(1, round(epochs/9)), reduction_factor=3)
     return study.ask({k:of(v) for k,v in space.items()})
@@ -209,7 +211,8 @@ def one_trial(
         if trial.number==0: raise
         state = TrialState.FAIL
         trial.set_user_attr('why', str(e))
-    for k,v in dict(settings={k:v for k,v in settings.items() if k!='minutes'}, full=epochs, seconds=clock()-began).items(): trial.set_user_attr(k, v)
+    about = dict(settings={k:v for k,v in settings.items() if k!='minutes'}, full=epochs, seconds=clock()-began)
+    for k,v in about.items(): trial.set_user_attr(k, v)
     study.tell(trial, value, state)
     return epochs
 
