@@ -12,7 +12,6 @@ __all__ = ['parse_fold', 'fold_rows', 'pool_images', 'take_fold', 'fold_names']
 # %% ../../nbs/40a_folds.ipynb #89c778d8
 from dataclasses import replace
 import numpy as np, torch
-from sklearn.model_selection import StratifiedKFold
 from .images import *
 
 # %% ../../nbs/40a_folds.ipynb #8dfe9f3e
@@ -36,6 +35,7 @@ def fold_rows(
     (i,k),targs = parse_fold(fold),np.asarray(targs)
     if targs.ndim>1: raise ValueError('folds need one label an image, and these images have several')
     if (least := np.bincount(targs).min())<k: raise ValueError(f'{k} folds need {k} images of each class, and one class has {least}')
+    from sklearn.model_selection import StratifiedKFold # here, since predictions need none of it
     rest,test = list(StratifiedKFold(k, shuffle=True, random_state=seed).split(targs, targs))[i-1]
     kept,held = stratified_split(targs[rest], valid_pct, seed)
     return dict(train=rest[kept], valid=rest[held], test=test)
