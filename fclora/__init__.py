@@ -12,14 +12,20 @@ Modules:
 - `fclora.backbones`: Any timm model with its pretrained weights and a fresh head
 - `fclora.calibration.ece`: Samples in bins of equal confidence: how far what they claim lies from what they keep
 - `fclora.calibration.intervals`: The ECE that a perfect model would show, an interval for a measured one, and the table that a run stores
+- `fclora.calibration.labels`: Temperature and numbers where an image may have several labels, or none
 - `fclora.calibration.reliability`: Confidence against accuracy, before and after the temperature, with the counts beneath
 - `fclora.calibration.temperature`: One temperature so that confidence means accuracy
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
+- `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
+- `fclora.data.folders`: One folder a class, directly or in train/, val/ and test/
+- `fclora.data.hf`: A dataset saved on disk, or one of the Hub by its name, as rows of images and labels
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
+- `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
-- `fclora.data.sources`: Digits, CIFAR or a folder of images, every file checked before hours are spent
+- `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
 - `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
 - `fclora.deploy.demo`: A page on this machine that classifies the picture dropped on it
 - `fclora.deploy.hub`: Runs on the Hugging Face Hub: a card with measured numbers, upload, and download with every check
@@ -43,11 +49,13 @@ Modules:
 - `fclora.probes.features`: What the frozen backbone hands to its head, for every image, computed once
 - `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
+- `fclora.probes.suspects`: Images whose label a probe contradicts with confidence, though it has seen all the others
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.runs.check`: What is wrong with a set of images before anything is trained, as a table and a page with the pictures
 - `fclora.runs.compare`: Several methods, several seeds, one table
 - `fclora.runs.cut_run`: A finished run cut down to fewer ranks, and measured before, after, and after a few steps of recovery
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
@@ -85,6 +93,7 @@ Modules:
 - `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.fallback`: Where training has not helped, the linear probe is the result
+- `fclora.train.imbalance`: Weights for rare classes in the training loss, and a sampler that shows every class equally often
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner
 - `fclora.train.logits`: What a model says of every image
 - `fclora.train.recipe`: Every training value that the papers leave open, in one dictionary

@@ -97,5 +97,6 @@ def evaluate(
     if config['T'] is None: print(f"{run} was stopped at {config['status']} and has no temperature: T = 1", file=sys.stderr)
     res = task_table(*get_logits(model, dls[2], '' if quiet else 'testing'), config['T'] or 1.)
     if out: write_json(out, res)
-    for name,text in evaluation_rows(res).items(): print(f'{name:<18}{text}')
+    rows = evaluation_rows(res)
+    for name,text in rows.items(): print(f'{name:<{max(map(len, rows))}}  {text}')
     return res
