@@ -144,6 +144,8 @@ def by_class(
     file # Table, for the message
 )->dict: # {split: {class: files}}, classes in sorted order; no split without images
     "The files of every split and class"
+    if any(isinstance(o.label, list) for o in rows):
+        raise ValueError(f'the images of {file} have lists of labels; read them with --multi-label')
     stop_at(file, 'no label', [(o.line,'') for o in rows if not o.label], 'give one, or remove the line')
     if not any(o.split=='train' for o in rows): raise ValueError(f'{file} has no training images; call the split of some lines train')
     found = {k:{} for k in ('train','valid','test') if any(o.split==k for o in rows)}
