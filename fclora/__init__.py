@@ -20,6 +20,7 @@ Modules:
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
 - `fclora.data.sources`: Digits, CIFAR or a folder of images, every file checked before hours are spent
+- `fclora.data.walk`: The files below a folder, whatever links lie in between, and every real one once
 - `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
 - `fclora.deploy.demo`: A page on this machine that classifies the picture dropped on it
 - `fclora.deploy.hub`: Runs on the Hugging Face Hub: a card with measured numbers, upload, and download with every check
@@ -34,6 +35,7 @@ Modules:
 - `fclora.lora`: A small trained update beside a large frozen weight, and the contract of every adapter
 - `fclora.make_plan`: Score, allocate, and write the result down
 - `fclora.options`: The parameters of a function, written down as options of a command
+- `fclora.outputs`: Can the result be written? Tried before the hours of work, not after them
 - `fclora.plan`: Which site gets which rank, why, and everything that is needed to build the adapted model again
 - `fclora.plan_file`: What a Plan's JSON may hold, field by field, and how the first format is read
 - `fclora.planning`: Find the sites, measure them on a few batches, allocate the ranks, forecast the cost
@@ -43,12 +45,15 @@ Modules:
 - `fclora.probes.features`: What the frozen backbone hands to its head, for every image, computed once
 - `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
+- `fclora.ranges`: The lowest and the highest value of every numeric option, in one table
 - `fclora.report.page`: One HTML file that shows a run, or a comparison, and needs nothing else
 - `fclora.report.plots`: One picture for each question about a run
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.runs.asked`: Options that cannot be, or that contradict one another, before an image is read
 - `fclora.runs.compare`: Several methods, several seeds, one table
+- `fclora.runs.config`: What a run's description may hold, field by field, and the digest that notices a change
 - `fclora.runs.cut_run`: A finished run cut down to fewer ranks, and measured before, after, and after a few steps of recovery
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
