@@ -8,8 +8,8 @@ ambiguous is one clear error."""
 
 # %% auto #0
 __all__ = ['table_suffixes', 'check_counts', 'check_classes', 'check_vocab', 'each_once', 'class_splits', 'decode_all', 'name_in',
-           'drop_bad', 'split_notes', 'list_files', 'check_left', 'read_images', 'folder_images', 'labelled',
-           'data_name', 'table_images', 'dataset_images', 'source_kind', 'unknown_source', 'load_images']
+           'drop_bad', 'split_notes', 'check_left', 'read_images', 'folder_images', 'labelled', 'data_name',
+           'table_images', 'dataset_images', 'source_kind', 'unknown_source', 'load_images']
 
 # %% ../../nbs/42_sources.ipynb #ccc5f678
 import os, numpy as np, torch
@@ -152,16 +152,6 @@ def split_notes(
     notes = [f"split off train: {', '.join(made)} (seed {seed})"] if made else []
     if n_bad: notes.append(f'unreadable files skipped: {n_bad}')
     return notes
-
-# %% ../../nbs/42_sources.ipynb #94e1204d
-def list_files(
-    splits:dict # {split: {class: files}}
-)->tuple: # (files, class numbers in the order of train, {split: row numbers})
-    "Files of all splits in one list"
-    numbers = {c:i for i,c in enumerate(splits['train'])}
-    table = [(k,numbers[c],f) for k,classes in splits.items() for c,fs in classes.items() for f in fs]
-    rows = {k:np.flatnonzero([o==k for o,_,_ in table]) for k in splits}
-    return [f for _,_,f in table],[c for _,c,_ in table],rows
 
 # %% ../../nbs/42_sources.ipynb #013f7e49
 def check_left(

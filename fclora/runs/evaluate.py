@@ -86,7 +86,7 @@ def evaluation_rows(
         'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
         'temperature':temperature_text(t['T']), **promise_rows(t)}
 
-# %% ../../nbs/79_evaluate.ipynb #1d068bb1
+# %% ../../nbs/79_evaluate.ipynb #93b5f119
 def evaluate(
     run:str, # Run folder
     data:str=None, # Data set, folder or table; the run's own test split by default
@@ -110,5 +110,6 @@ def evaluate(
     if tta: model = Views(model, images.flip and may_flip(config))
     res = measure_task(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
-    for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
+    rows = evaluation_rows(res)
+    for name,text in rows.items(): print(f'{name:<{max(map(len, rows))}}  {text}')
     return res
