@@ -24,10 +24,12 @@ Modules:
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
 - `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
 - `fclora.data.folders`: One folder a class, directly or in train/, val/ and test/
+- `fclora.data.folds`: Every image once in the test: stratified folds of a data set
 - `fclora.data.hf`: A dataset saved on disk, or one of the Hub by its name, as rows of images and labels
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
 - `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.mistakes`: A class alone, a class without images, a name that is no text, one file in two places: each is one clear error
 - `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
 - `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
@@ -66,6 +68,7 @@ Modules:
 - `fclora.report.seeds`: What a handful of repeated runs can and cannot say
 - `fclora.report.tables`: The numbers of a run, and of several runs side by side
 - `fclora.report.text`: Rows of words as columns on a terminal, or as markdown
+- `fclora.report.trackers`: A run in TensorBoard, W&B or MLflow: numbers of every epoch, and at the end the rank map and the reliability
 - `fclora.runs.asked`: Options that cannot be, or that contradict one another, before an image is read
 - `fclora.runs.check`: What is wrong with a set of images before anything is trained, as a table and a page with the pictures
 - `fclora.runs.claim`: One process at a time, the old run until the new one is done, and all that is needed to go on after a stop
@@ -75,10 +78,13 @@ Modules:
 - `fclora.runs.evaluate`: Measure a stored run again, on its own test images or on others
 - `fclora.runs.finetune`: The whole way: images, loaders, model, Plan, Learner, temperature, run
 - `fclora.runs.folder`: What a run leaves on disk, and how to get it back
+- `fclora.runs.folds`: One run a fold, mean and spread, and a prediction for every image by a model that has not seen it
 - `fclora.runs.job`: What was asked for, with its clock and its folder
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
 - `fclora.runs.run`: What one fine-tuning decided and measured
 - `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
+- `fclora.runs.trials`: One training of a search: what all trials share, what differs, and how good the result is
+- `fclora.runs.tune`: Settings for your images, found by successive halving on the validation images
 - `fclora.runs.use`: Predict with a run, and turn it into plain timm weights
 - `fclora.scorers.activations`: Scores that only look at what goes in and what comes out
 - `fclora.scorers.composite`: Several measurements of a site become one score

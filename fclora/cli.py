@@ -22,11 +22,11 @@ from . import __version__
 from .ranges import *
 from .report.text import *
 
-# %% ../nbs/90_cli.ipynb #5e53a0df
+# %% ../nbs/90_cli.ipynb #ac887a74
 command_themes = {
-    'Look first': dict(score='fclora.runs.prepare:score', systems='fclora.runs.systems:systems'),
-    'Train': dict(finetune='fclora.runs.finetune:finetune', resume='fclora.runs.resume:resume',
-                  compare='fclora.runs.compare:compare', cut='fclora.runs.cut_run:cut_run'),
+    'Look first': dict(check='fclora.runs.check:check', score='fclora.runs.prepare:score', systems='fclora.runs.systems:systems'),
+    'Train': dict(finetune='fclora.runs.finetune:finetune', resume='fclora.runs.resume:resume', tune='fclora.runs.tune:tune',
+                  folds='fclora.runs.folds:folds', compare='fclora.runs.compare:compare', cut='fclora.runs.cut_run:cut_run'),
     'Use a run': dict(evaluate='fclora.runs.evaluate:evaluate', predict='fclora.runs.use:predict', demo='fclora.deploy.demo:demo'),
     'Hand it on': dict(merge='fclora.runs.use:merge_cmd', export='fclora.deploy.int8:export', peft='fclora.deploy.peft:export_peft',
                        push='fclora.deploy.hub:push_to_hub'),
@@ -201,7 +201,7 @@ def interrupt(
     "Interrupt what is going on"
     raise KeyboardInterrupt
 
-# %% ../nbs/90_cli.ipynb #77ef3edf
+# %% ../nbs/90_cli.ipynb #a1b54b49
 def main(
     argv:list=None # Arguments after `fclora`; those of the process by default
 )->int: # Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted, 141 nobody reads on
@@ -227,7 +227,8 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 141
         except KeyboardInterrupt:
-            complain('interrupted' + '; what was done is kept in the run folder, and fclora resume goes on'*(cmd in ('finetune','resume')))
+            kept = cmd in ('finetune','resume','compare','tune','folds')
+            complain('interrupted' + '; what was done is kept, and the same command goes on with --resume'*kept)
             return 130
         except Exception as e:
             explain(e, debug)

@@ -32,15 +32,17 @@ def option_kind(
 
 # %% ../nbs/89_options.ipynb #0f03bea1
 themes = {
-    'Data': 'data_root valid_pct test_pct classes limit skip_bad no_flip flip batch_size num_workers',
+    'Data': 'images label_column multi_label data_root fold valid_pct test_pct classes limit skip_bad no_flip flip batch_size num_workers '
+            'labels most',
     'Model': 'model models checkpoint pretrained one_head size arch',
     'Ranks and adapters': 'method methods plan budget unit lo hi kinds include from_block allocator adapter init lora_alpha scaling '
                           'rslora dropout rank parts',
     'Scoring': 'weights normaliser score_batches score_bs settle head_warmup profile',
-    'Training': 'recipe epochs minutes steps warmup lr lrs b_ratio head_lr wd schedule pct_start cutmix mixup patch_drop smoothing clip '
-                'head head_std probe keep patience ema recover',
-    'Answers': 'top_k calibrated probs',
-    'Runs and output': 'out force resume seed seeds format quiet',
+    'Training': 'recipe epochs minutes trials steps warmup lr lrs b_ratio head_lr wd schedule pct_start cutmix mixup patch_drop smoothing '
+                'clip head head_std probe keep patience ema class_weights balanced recover',
+    'Calibration': 'calibrator hold_out',
+    'Answers': 'top_k sets set_score min_confidence max_error tta calibrated probs',
+    'Runs and output': 'out force resume auto_resume save_minutes folds seed seeds format quiet',
     'Sharing': 'private report token message license port share open',
     'Machine': 'device precision threads checkpointing compile'}
 

@@ -25,6 +25,8 @@ ranges = dict( # {option: (lowest, highest)}; a value of None means the default 
     # ranks and adapters
     budget=(0, 10**12), lo=(0, 65_536), hi=(0, 65_536), lora_alpha=(0., 1e6), dropout=(0., .999), from_block=(0, 10_000),
     score_batches=(1, 10**9), settle=(0., .999), head_warmup=(0, 10**6),
+    # searches
+    trials=(1, 10**6), folds=(2, 1000), most=(1, 10**6),
     # a finished run
     top_k=(1, 10**6), port=(1, 65_535), recover=(0, 10**6), sets=(.0001, .9999), min_confidence=(0., 1.), max_error=(.0001, .9999),
     # pretraining and speed

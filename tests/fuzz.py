@@ -2,7 +2,7 @@
 
     python tests/fuzz.py MINUTES [SEED]
 
-runs for so long and prints counts as JSON. A case is known by its kind, seed and number, so that a failure can be repeated."""
+runs for so long and prints the counts so far as a line of JSON after every round. A case is known by its kind, seed and number, so that a failure can be repeated."""
 import csv, io, json, math, os, random, shutil, signal, sys, tempfile, time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -326,4 +326,4 @@ if __name__=='__main__':
             res[kind]['failed'] += len(failed)
             for i,why in failed.items(): print(f'{kind} {seed}.{block} {i}: {why}', file=sys.stderr, flush=True)
         block += 1
-    print(json.dumps(res, indent=1))
+        print(json.dumps(res), flush=True)

@@ -1,6 +1,6 @@
 "Images with several labels or none: the same way from a table to a report"
 import json
-import numpy as np, pytest, torch, torch.nn.functional as F
+import datasets, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.losses import BCEWithLogitsLossFlat
 from PIL import Image
 from sklearn.metrics import f1_score
@@ -80,6 +80,15 @@ def test_a_label_without_training_images_and_options_that_do_not_go_together(tab
     with pytest.raises(ValueError, match='has the label c'): load_images(table.parent/'lost.csv', multi_label=True, progress=False)
     with pytest.raises(ValueError, match='classes is for one label'): load_images(table, multi_label=True, classes=':2', progress=False)
     with pytest.raises(ValueError, match='multi_label is for a table or a dataset'): load_images('digits', multi_label=True)
+
+def test_a_dataset_with_lists_of_labels(images, tmp_path):
+    names = datasets.ClassLabel(names=images.vocab)
+    x,y = images.train
+    data = dict(image=[Image.fromarray(o.permute(1, 2, 0).numpy()) for o in x], label=[o.nonzero()[:,0].tolist() for o in y])
+    datasets.Dataset.from_dict(data, datasets.Features(image=datasets.Image(), label=datasets.List(names))).save_to_disk(tmp_path/'d')
+    found = load_images(tmp_path/'d', multi_label=True, progress=False)
+    assert found.vocab==images.vocab and sum(y.sum(0) for _,y in found.splits.values()).tolist()==y.sum(0).tolist()
+    with pytest.raises(ValueError, match='--multi-label'): load_images(tmp_path/'d', progress=False)
 
 def test_batches_can_be_shown(dls):
     x,y = dls.train_ds[0]

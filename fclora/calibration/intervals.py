@@ -12,7 +12,6 @@ __all__ = ['check_level', 'ece_floor', 'bootstrap_gaps', 'ece_interval', 'plain_
 # %% ../../nbs/62_intervals.ipynb #ec8394ea
 import math
 import numpy as np
-from sklearn.metrics import f1_score
 from torch import Tensor
 from .temperature import *
 from .vector import *
@@ -104,6 +103,7 @@ def calibration_table(
     vector:dict=None # From `fit_vector`, where more than a temperature was fitted
 )->dict: # Plain numbers; `_raw` is before the calibrator, the same name without it after
     "Accuracy and calibration before and after the calibrator, ready for JSON"
+    from sklearn.metrics import f1_score # here, since predictions need none of it
     x,y = check_logits(logits, targs, T)
     check_counts(n_bins=n_bins, n_boot=n_boot)
     after,t = (x,T) if vector is None else (calibrated_logits(x, T, vector),1.)

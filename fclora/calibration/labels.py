@@ -12,7 +12,6 @@ __all__ = ['few', 'check_labels', 'decisions', 'class_temperatures', 'task_tempe
 
 # %% ../../nbs/62a_labels.ipynb #9d7293f1
 import numpy as np, torch
-from sklearn.metrics import average_precision_score,balanced_accuracy_score,f1_score
 from torch import Tensor
 from .temperature import *
 from .ece import *
@@ -77,6 +76,7 @@ def label_numbers(
     targs:Tensor # (n, c) zeros and ones
 )->dict: # mean_average_precision, macro_f1, balanced_accuracy, exact_match
     "How well labels are found: by their order, and by the decisions at probability .5"
+    from sklearn.metrics import average_precision_score,balanced_accuracy_score,f1_score # here, since predictions need none of it
     x,y = check_labels(logits, targs)
     both,said = (y.sum(0)>0)&(y.sum(0)<len(y)),x>0
     def mean(f, scores): return float(np.mean([f(y[:,k], scores[:,k]) for k in both.nonzero()[:,0]] or [float('nan')]))

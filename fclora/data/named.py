@@ -11,7 +11,6 @@ __all__ = ['data_sets', 'digits_images', 'cifar_images']
 # %% ../../nbs/41c_named.ipynb #602ea249
 import numpy as np, torch
 from pathlib import Path
-from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100
 from fastcore.xdg import xdg_cache_home
 from .images import *
@@ -27,6 +26,7 @@ def digits_images(
     limit=None # Most images of each split, as for `parse_limit`
 )->Images: # 1,797 images of 8 x 8 pixels
     "Handwritten digits that come with scikit-learn, as grey RGB"
+    from sklearn.datasets import load_digits # here, since predictions need none of it
     digits = load_digits()
     grey = (digits.images*(255/16)).round()
     x = torch.as_tensor(grey, dtype=torch.uint8)[:,None].repeat(1, 3, 1, 1)

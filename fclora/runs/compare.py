@@ -171,13 +171,14 @@ def _option_text(k, v):
 # %% ../../nbs/77_compare.ipynb #a2a2d23d
 def command_line(
     data:str, # Data set or folder
-    **options # Of `compare`
+    command:str='compare', # Or finetune
+    **options # Of the command
 )->str:
-    "The command that reproduces a comparison"
+    "The command that reproduces a comparison, or a run"
     defaults = {k:p.default for k,p in signature(finetune).parameters.items()}
     def changed(k, v): return v is not None and k not in ('quiet','device') and not (k in defaults and v==defaults[k])
     texts = [_option_text(k, v) for k,v in options.items() if changed(k, v)]
-    return ' '.join(['fclora compare', shlex.quote(str(data)), *texts])
+    return ' '.join(['fclora', command, shlex.quote(str(data)), *texts])
 
 # %% ../../nbs/77_compare.ipynb #23fbda2e
 @delegates(finetune, but=['method','seed','out','force','plan','data','resume','auto_resume'])

@@ -8,12 +8,13 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #ba35ee55
+# %% ../../nbs/79_evaluate.ipynb #138085ab
 import torch
 from ..files import *
 from ..outputs import *
 from ..ranges import *
 from ..data.images import *
+from ..data.folds import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..train.logits import *
@@ -45,7 +46,7 @@ def all_images(
     if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 
-# %% ../../nbs/79_evaluate.ipynb #33b16b08
+# %% ../../nbs/79_evaluate.ipynb #37801fe5
 def images_to_test(
     source, # Data set or folder; the run's own by default
     config:dict, # From `read_config`
@@ -61,6 +62,7 @@ def images_to_test(
     source,image = split.get('source', source),config['image']
     skip_bad = skip_bad or split.get('skip_bad', False)
     images = load_images(source, image['size'], interpolation=image['interpolation'], skip_bad=skip_bad, **picked)
+    if split.get('fold'): images = take_fold(images, split['fold'], split['valid_pct'], split['seed'])
     check_same_classes(images.vocab, config['classes'])
     has_test = own or source_kind(source)=='name' or 'test' not in images.made
     return images if has_test else all_images(images)
@@ -84,7 +86,7 @@ def evaluation_rows(
         'smooth ECE':f"{t['smooth_ece_raw']:.4f} / {t['smooth_ece']:.4f}",
         'temperature':temperature_text(t['T']), **promise_rows(t)}
 
-# %% ../../nbs/79_evaluate.ipynb #1d068bb1
+# %% ../../nbs/79_evaluate.ipynb #93b5f119
 def evaluate(
     run:str, # Run folder
     data:str=None, # Data set, folder or table; the run's own test split by default
@@ -108,5 +110,6 @@ def evaluate(
     if tta: model = Views(model, images.flip and may_flip(config))
     res = measure_task(*get_logits(model, dls[2], '' if quiet else 'testing'), config)
     if out: write_json(out, res)
-    for name,text in evaluation_rows(res).items(): print(f'{name:<24}{text}')
+    rows = evaluation_rows(res)
+    for name,text in rows.items(): print(f'{name:<{max(map(len, rows))}}  {text}')
     return res

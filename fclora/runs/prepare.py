@@ -12,7 +12,7 @@ __all__ = ['run_root', 'check_source', 'pretrained_input', 'data_config', 'prepa
            'rank_price', 'budget_text', 'forecast_text', 'numbered_folder', 'new_folder', 'clear_run', 'probe_numbers',
            'peak_memory', 'hardware']
 
-# %% ../../nbs/72_prepare.ipynb #8491c298
+# %% ../../nbs/72_prepare.ipynb #5ff327b7
 import os,platform,resource,sys,warnings
 from inspect import signature
 from pathlib import Path
@@ -41,6 +41,7 @@ from ..outputs import *
 from ..ranges import *
 from ..plan import *
 from ..presets import *
+from ..data.folds import *
 from ..data.sources import *
 from ..data.loaders import *
 from ..data.duplicates import *
@@ -88,7 +89,7 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #c7e970c9
+# %% ../../nbs/72_prepare.ipynb #fd3b3d39
 def prepare(
     data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
@@ -96,6 +97,7 @@ def prepare(
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
     one_head:bool=False, # For distilled models: one class-token head, as in the papers, instead of two
     size:int=None, # Input size in pixels, if not the model's own
+    fold:str=None, # Test on one fold of all images and train on the others: 2/5 for the second of five; see fclora folds
     valid_pct:float=.2, # Share of the training images for validation, unless there is val/
     test_pct:float=None, # Share of all images for the test, unless there is a test set; .2, for digits .4
     data_root:str=None, # Where CIFAR is, or is downloaded to
@@ -119,12 +121,13 @@ def prepare(
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
     images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
     net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
-    found = data_config(images, data, dict(split, flip=images.flip and not no_flip))
-    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=found)
+    split.update(fold=fold, flip=images.flip and not no_flip)
+    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=data_config(images, data, split))
     return images,dls,net.to(dls.device),about
 
 # %% ../../nbs/72_prepare.ipynb #92d56753

@@ -27,6 +27,7 @@ from ..files import *
 from ..outputs import *
 from ..ranges import *
 from ..data.images import *
+from ..data.folders import *
 from ..data.pixels import *
 from ..data.sources import *
 from ..backbones import *
