@@ -29,6 +29,7 @@ Modules:
 - `fclora.data.images`: A data set in three splits, each class with its share in every one
 - `fclora.data.labels`: Which image is of which class, read from a CSV or TSV file, every line checked
 - `fclora.data.loaders`: fastai DataLoaders of all three splits for one model's input
+- `fclora.data.mistakes`: A class alone, a class without images, a name that is no text, one file in two places: each is one clear error
 - `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
 - `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
@@ -82,6 +83,7 @@ Modules:
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
 - `fclora.runs.run`: What one fine-tuning decided and measured
 - `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
+- `fclora.runs.trials`: One training of a search: what all trials share, what differs, and how good the result is
 - `fclora.runs.tune`: Settings for your images, found by successive halving on the validation images
 - `fclora.runs.use`: Predict with a run, and turn it into plain timm weights
 - `fclora.scorers.activations`: Scores that only look at what goes in and what comes out
