@@ -14,7 +14,6 @@ from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from fastai.callback.core import Callback
 from ..files import *
-from ..checks import *
 from ..sites import *
 from ..find import *
 from ..presets import *
@@ -22,14 +21,10 @@ from ..planning import *
 from ..probes.start import *
 from ..train.callbacks import *
 from ..train.recipe import *
-from ..calibration.temperature import *
-from ..report.text import *
-from ..report.plots import *
-from .run import *
+from ..calibration.labels import *
 from .prepare import *
 from .job import *
 from .finetune import *
-from .compare import *
 
 # %% ../../nbs/87a_trials.ipynb #085f6975
 @dataclass
@@ -128,7 +123,8 @@ def run_trial(
     "Train as `finetune` would, without looking at the test images"
     job = replace(problem.job, options=problem.job.options|settings)
     rcp = complete_recipe(recipe_for(job.method, job.options), problem.model, problem.regime, len(problem.dls.train))
-    job,model,dls,best = replace(job, rcp=rcp),deepcopy(problem.model),fresh_loaders(problem.dls),KeepBest(scaled_nll, rcp['patience'])
+    job,model,dls = replace(job, rcp=rcp),deepcopy(problem.model),fresh_loaders(problem.dls)
     learn = job.learner(dls, model, job.allocate(dls, model), **problem.build)
+    best = KeepBest(lambda logits, targs: task_nll(logits, targs, learn.counted), rcp['patience'])
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([best, Reporting(report)]): learn.fit_recipe(say=lambda text: None)
     return min(best.losses),learn.recipe['epochs']
