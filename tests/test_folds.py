@@ -67,7 +67,7 @@ def test_a_fold_is_a_run_like_any_other(three, tmp_path):
     assert main(['evaluate', str(three/'fold-2'), '--quiet', '--out', str(tmp_path/'e.json')])==0
     assert json.loads((tmp_path/'e.json').read_text())['nll']==pytest.approx(run.metrics['test']['nll'], abs=1e-5)
 
-def test_resuming_keeps_what_is_finished(photos, tmp_path, monkeypatch):
+def test_resuming_keeps_what_is_finished_and_ends_at_the_same_table(three, photos, tmp_path, monkeypatch):
     out,real,asked = tmp_path/'f',folds_module.finetune,[]
     def stopped(data, **kw):
         if kw['fold']=='2/3': raise KeyboardInterrupt
@@ -80,12 +80,7 @@ def test_resuming_keeps_what_is_finished(photos, tmp_path, monkeypatch):
     assert main([*args, '--resume'])==0 and asked==['2/3','3/3']
     whole = pd.read_csv(out/'out_of_fold.csv')
     assert len(whole)==27 and main([*args, '--resume'])==0 and asked==['2/3','3/3']
-    pd.testing.assert_frame_equal(pd.read_csv(out/'out_of_fold.csv'), whole)
-
-def test_a_resumed_cross_validation_gives_the_same_table(three, photos, tmp_path, monkeypatch):
-    other = tmp_path/'o'
-    assert main(['folds', str(photos), '--folds', '3', *FEW, '--out', str(other)])==0
-    pd.testing.assert_frame_equal(pd.read_csv(other/'out_of_fold.csv'), pd.read_csv(three/'out_of_fold.csv'))
+    for o in (out, three): pd.testing.assert_frame_equal(pd.read_csv(o/'out_of_fold.csv'), whole)
 
 @pytest.mark.parametrize('args,word', [(['--folds','1'], '--folds must be'), (['--folds','10'], '10 folds need 10 images of each class'),
     (['--epochs','0'], '--epochs must be'), (['--method','best'], "'best'")])
