@@ -74,7 +74,7 @@ def search_space(
     space = {rate:(job.rcp[rate]/10, 10*job.rcp[rate]), 'cutmix':[0., 1.]}
     if problem.regime=='adapters':
         budget,depth = job.options.get('budget', 100),1+max(s.block for s in find_sites(model, _kinds))
-        space.update(budget=(budget//2, 4*budget), kinds=kind_choices(model), from_block=[0, depth//3, 2*depth//3])
+        space.update(budget=(max(1, budget//2), 4*budget), kinds=kind_choices(model), from_block=[0, depth//3, 2*depth//3])
     return {k:v for k,v in space.items() if job.options.get(k) is None and len({*v})>1}
 
 def default_settings(
@@ -92,9 +92,9 @@ def possible(
     settings:dict # Of a trial
 )->dict: # `settings`, with a budget that its sites can hold
     "Few sites hold fewer ranks than many, and many need more"
-    asked = dict(lo=1, hi=16, unit='ranks', include=None) | problem.job.options | settings
+    asked = dict(lo=1, hi=16, unit='ranks', include=None, kinds='q,k,v', from_block=0) | problem.job.options | settings
     if 'budget' not in settings or asked['unit']!='ranks': return settings
-    sites = find_sites(problem.model, tuple(asked['kinds'].split(',')), asked['include'], asked.get('from_block', 0))
+    sites = find_sites(problem.model, tuple(asked['kinds'].split(',')), asked['include'], asked['from_block'])
     return dict(settings, budget=min(max(settings['budget'], asked['lo']*len(sites)), asked['hi']*len(sites)))
 
 # %% ../../nbs/87a_trials.ipynb #f3e99bec
