@@ -42,7 +42,7 @@ themes = {
                 'clip head head_std probe keep patience ema class_weights balanced recover',
     'Calibration': 'calibrator hold_out',
     'Answers': 'top_k sets set_score min_confidence max_error tta calibrated probs',
-    'Runs and output': 'out force resume auto_resume save_minutes folds seed seeds format quiet',
+    'Runs and output': 'out force resume auto_resume save_minutes log folds seed seeds format quiet',
     'Sharing': 'private report token message license port share open',
     'Machine': 'device precision threads checkpointing compile'}
 

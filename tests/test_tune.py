@@ -90,7 +90,7 @@ def test_minutes_leave_time_for_the_winner(problem, tmp_path, fake):
     assert asked[0]['minutes']==pytest.approx(100/240) and 'minutes' not in rows[0]['settings'] and not any('minutes' in o for o in asked[1:])
 
 def test_given_options_are_not_searched():
-    p = load_problem('digits', 'uniform', **FEW, lr=.01, kinds='v')
+    p = load_problem('digits', 'uniform', **FEW, lr=.01, kinds='q,v')
     assert list(search_space(p))==['cutmix','budget','from_block']
     assert 'head_lr' in search_space(load_problem('digits', 'head', **FEW)) and 'kinds' not in search_space(load_problem('digits', 'full', **FEW))
 
@@ -118,7 +118,7 @@ def test_the_command_end_to_end(tmp_path, capsys):
     found = json.loads((out/'tune.json').read_text())
     run = load_run(out/'best', model=False)
     assert 'best of 2 trials' in text and found['command'] in text
-    assert run.metrics['valid']['nll']==pytest.approx(found['nll'], abs=1e-5)<=found['default_nll']+1e-5
+    assert run.metrics['valid']['nll']==pytest.approx(found['nll'], abs=1e-5) and found['nll']<=found['default_nll']
     assert len(list(csv.DictReader((out/'trials.csv').open())))==2 and '<svg' in (out/'tune.svg').read_text()
     again = shlex.split(found['command'])
     assert again[:2]==['fclora','finetune'] and main([*again[1:], '--quiet', '--out', str(tmp_path/'again')])==0
@@ -130,10 +130,8 @@ def test_the_command_end_to_end(tmp_path, capsys):
                       (['--minutes','0','--force'], 'minutes'), (['--budget','9999','--force'], 'budget')):
         assert main([*args, *more])==1 and word in capsys.readouterr().err, word
 
-def test_test_images_are_not_looked_at(monkeypatch, tmp_path):
+def test_test_images_are_not_looked_at():
     p = load_problem('digits', 'uniform', **FEW)
-    class Closed:
-        def __iter__(self): raise AssertionError('the test images')
     p.dls.loaders[2].dataset.x = None
     assert torch.isfinite(torch.tensor(run_trial(p, {})[0]))
 

@@ -98,7 +98,7 @@ def read_options(
     file = Path(out)/'options.json'
     return read_json(file, 'file of options') if file.is_file() else {}
 
-_may_change = ('device','num_workers','save_minutes')
+_may_change = ('device','num_workers','save_minutes','log')
 
 def was_stopped(
     out # Run folder, or None

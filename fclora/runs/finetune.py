@@ -152,8 +152,10 @@ def train(self:Job,
     def keep(status, history):
         self.history = history
         self.save(learn, status)
+        self.track.epoch(history)
         if not bars: self.say(epoch_line(history.iloc[-1], learn.recipe['epochs']))
     self.begin(learn.plan)
+    self.track.start(self.out, dict(data=self.data, method=self.method, seed=self.seed, **learn.recipe), self.goes_on)
     epochs = KeepEpochs(keep)
     with self.step('train'), gentle_stop() as stop, ExitStack() as silence:
         for o in () if bars else (learn.no_bar(), learn.no_logging()): silence.enter_context(o)
@@ -222,6 +224,7 @@ def report(self:Job,
     print(text_table(paper_table(run)))
     try: save_report(run, self.out/'report.html')
     except Exception as e: warnings.warn(f'the run is saved, but its report could not be drawn: {type(e).__name__}: {e}')
+    self.track.finish(run)
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
@@ -243,6 +246,7 @@ def finetune(
     resume:bool=False, # Go on with the run in --out that was stopped
     auto_resume:bool=False, # Start the run in --out, go on with it, or leave it when it is done: for schedulers
     save_minutes:float=0., # Minutes between checkpoints within an epoch; 0: after every epoch only
+    log:str=None, # Log the run to tensorboard, wandb or mlflow; several are separated by commas
     seed:int=0, # Of everything random
     quiet:bool=False, # Print only the result
     **kwargs
@@ -250,8 +254,8 @@ def finetune(
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
     if auto_resume and is_done(out): return load_run(out, kwargs.get('checkpoint'))
     options = dict(recipe=recipe, checkpointing=checkpointing, compile=compile, probe=probe, **kwargs)
-    job = new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out), save_minutes, **options)
-    with claimed(job.out):
+    job = new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out), save_minutes, log, **options)
+    with claimed(job.out), job.track:
         images,dls,model = job.load()
         job.first_look(dls, model, probe)
         learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)

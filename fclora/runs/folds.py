@@ -9,17 +9,19 @@ are kept on resuming."""
 # %% auto #0
 __all__ = ['fold_table', 'pooled', 'run_fold', 'over_folds', 'fold_lines', 'folds']
 
-# %% ../../nbs/88b_folds.ipynb #b9d3819b
+# %% ../../nbs/88b_folds.ipynb #35b451e3
 from contextlib import nullcontext,redirect_stdout
 from io import StringIO
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.meta import delegates
 from ..files import *
-from ..checks import *
+from ..outputs import *
+from ..ranges import *
 from ..data.folds import *
 from ..data.sources import *
 from ..calibration.intervals import *
+from ..calibration.calibrator import *
 from ..report.text import *
 from .run import *
 from .folder import *
@@ -27,7 +29,7 @@ from .prepare import *
 from .finetune import *
 from .compare import *
 
-# %% ../../nbs/88b_folds.ipynb #ce5e59d1
+# %% ../../nbs/88b_folds.ipynb #a42475da
 def fold_table(
     run:Run, # Of one fold, with its test logits
     files:list, # Of its test images, in their order
@@ -35,7 +37,7 @@ def fold_table(
 )->pd.DataFrame: # path, label, fold, and the probability of each class
     "Calibrated probabilities of the images that a run has tested"
     classes = run.config['classes']
-    probs = (run.logits.float()/(run.config['T'] or 1.)).softmax(1)
+    probs = calibrated(run.logits.float(), run.config).softmax(1)
     about = pd.DataFrame(dict(path=[str(o) for o in files], label=[classes[i] for i in run.targs], fold=fold))
     return pd.concat([about, pd.DataFrame(probs.numpy(), columns=[f'p({c})' for c in classes])], axis=1)
 
@@ -48,13 +50,13 @@ def pooled(
     probs = torch.tensor(table[columns].to_numpy()).clamp(min=1e-12)
     return calibration_table(probs.log(), torch.tensor([numbers[str(o)] for o in table['label']]), 1.)
 
-# %% ../../nbs/88b_folds.ipynb #a7e23e31
+# %% ../../nbs/88b_folds.ipynb #993a4bab
 def run_fold(
     data:str, # Data set, folder or table
     fold:str, # Such as 2/5
     files:list, # Of its test images
     out:Path, # Folder of all folds
-    keep:bool=False, # Read a finished run instead of running it again?
+    keep:bool=False, # Read a finished run instead of running it again, and go on with one that was stopped?
     quiet:bool=False, # Print nothing?
     **kwargs # Of `finetune`
 )->tuple: # Run without its model, table of its test images
@@ -65,7 +67,7 @@ def run_fold(
     if keep and file.is_file() and is_finished(folder):
         return load_run(folder, model=False),pd.read_csv(file, dtype=dict(path=str, label=str))
     with redirect_stdout(StringIO()) if quiet else nullcontext():
-        run = finetune(data, out=str(folder), force=True, quiet=quiet, fold=fold, **kwargs)
+        run = finetune(data, out=str(folder), force=True, auto_resume=keep, quiet=quiet, fold=fold, **kwargs)
     table = fold_table(run, files, i)
     with atomic_path(file) as tmp: table.to_csv(tmp, index=False)
     return Run(run.config, run.metrics, run.history, run.plan),table
@@ -93,19 +95,20 @@ def fold_lines(
         rows.append([name, f'{mean} ± {std}', low, high])
     return rows
 
-# %% ../../nbs/88b_folds.ipynb #72138455
-@delegates(finetune, but=['out','force','data','fold','plan','quiet'])
+# %% ../../nbs/88b_folds.ipynb #fdc9ab5e
+@delegates(finetune, but=['out','force','data','fold','plan','quiet','resume','auto_resume'])
 def folds(
     data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label, a saved dataset, or hf:NAME
     folds:int=5, # How many; each is tested by a run that is trained on the others
     out:str=None, # Folder for all runs, folds.json and out_of_fold.csv
     force:bool=False, # Replace runs that are in --out already
-    resume:bool=False, # Keep finished runs that are in --out already, and run only what is missing
+    resume:bool=False, # Keep finished runs that are in --out already, go on with one that was stopped, and run what is missing
     quiet:bool=False, # Print only the result
     **kwargs
 )->dict: # As `over_folds`, with `pooled`: accuracy and calibration of all images together
     "Cross-validate: one run a fold, mean ± std, and a prediction for every image"
-    checked(folds, whole_number(2, 1000), 'folds')
+    check_ranges(folds=folds, **kwargs)
+    check_out_folder(out)
     check_row(data, kwargs.get('method', 'fclora'), kwargs)
     images,names = load_images(data, progress=not quiet, **pick(load_images, kwargs, ['size'])),[f'{i+1}/{folds}' for i in range(folds)]
     files = {o:fold_names(images, o, kwargs.get('seed', 0)) for o in names}
@@ -122,7 +125,7 @@ def folds(
     with atomic_path(out/'out_of_fold.csv') as tmp: table.to_csv(tmp, index=False)
     write_json(out/'folds.json', res)
     print(aligned(fold_lines(res)))
-    every = res['pooled']
-    print(f"all {len(table):,} images, each by the run that has not seen it: accuracy {every['accuracy']:.2%}, NLL {every['nll']:.4f}")
+    what = f"accuracy {res['pooled']['accuracy']:.2%}, NLL {res['pooled']['nll']:.4f}"
+    print(f'all {len(table):,} images, each by the run that has not seen it: {what}')
     print(f'\nsaved in {out}')
     return res

@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from ..files import *
 from ..plan import *
+from ..report.trackers import *
 from ..train.recipe import *
 from .prepare import *
 from .claim import *
@@ -44,6 +45,7 @@ class Job:
     measured:dict=field(default_factory=dict) # probe, valid and epoch_kept, when they are known
     asked:dict=field(default_factory=dict) # Every option as it was given
     goes_on:bool=False # Was it stopped before?
+    track:Trackers=field(default_factory=Trackers) # Tools that the run is logged to
     save_minutes:float=0 # Between checkpoints within an epoch
 
 # %% ../../nbs/75a_job.ipynb #e1250189
@@ -57,10 +59,11 @@ def new_job(
     quiet:bool=False, # Print only the result
     goes_on:bool=False, # Go on with the run in `out` that was stopped?
     save_minutes:float=0, # Between checkpoints within an epoch
+    log:str=None, # Trackers, as for `tracker_names`
     **options # Of `prepare`, `plan_model` and `recipe`
 )->Job:
     "Check what can be checked before anything is loaded"
-    asked = dict(data=str(data), method=method, plan=plan, seed=seed, **options)
+    track,asked = Trackers(log),dict(data=str(data), method=method, plan=plan, seed=seed, log=log, **options)
     if goes_on: check_same_options(out, asked)
     given = given_plan(plan, dict(options, method=method)) if plan else None
     method = given.method if given else method
@@ -68,7 +71,8 @@ def new_job(
     check_calibrator(options.get('calibrator', 'temperature'))
     rcp = recipe_for(method, options)
     folder = Path(out) if goes_on else new_folder(out, f'{data_name(data)}-{method}', force)
-    return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes)
+    return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes,
+               track=track)
 
 # %% ../../nbs/75a_job.ipynb #12fbf0a7
 @patch

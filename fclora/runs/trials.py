@@ -14,7 +14,6 @@ from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from fastai.callback.core import Callback
 from ..files import *
-from ..checks import *
 from ..sites import *
 from ..find import *
 from ..presets import *
@@ -22,14 +21,10 @@ from ..planning import *
 from ..probes.start import *
 from ..train.callbacks import *
 from ..train.recipe import *
-from ..calibration.temperature import *
-from ..report.text import *
-from ..report.plots import *
-from .run import *
+from ..calibration.labels import *
 from .prepare import *
 from .job import *
 from .finetune import *
-from .compare import *
 
 # %% ../../nbs/87a_trials.ipynb #085f6975
 @dataclass
@@ -79,7 +74,7 @@ def search_space(
     space = {rate:(job.rcp[rate]/10, 10*job.rcp[rate]), 'cutmix':[0., 1.]}
     if problem.regime=='adapters':
         budget,depth = job.options.get('budget', 100),1+max(s.block for s in find_sites(model, _kinds))
-        space.update(budget=(budget//2, 4*budget), kinds=kind_choices(model), from_block=[0, depth//3, 2*depth//3])
+        space.update(budget=(max(1, budget//2), 4*budget), kinds=kind_choices(model), from_block=[0, depth//3, 2*depth//3])
     return {k:v for k,v in space.items() if job.options.get(k) is None and len({*v})>1}
 
 def default_settings(
@@ -97,9 +92,9 @@ def possible(
     settings:dict # Of a trial
 )->dict: # `settings`, with a budget that its sites can hold
     "Few sites hold fewer ranks than many, and many need more"
-    asked = dict(lo=1, hi=16, unit='ranks', include=None) | problem.job.options | settings
+    asked = dict(lo=1, hi=16, unit='ranks', include=None, kinds='q,k,v', from_block=0) | problem.job.options | settings
     if 'budget' not in settings or asked['unit']!='ranks': return settings
-    sites = find_sites(problem.model, tuple(asked['kinds'].split(',')), asked['include'], asked.get('from_block', 0))
+    sites = find_sites(problem.model, tuple(asked['kinds'].split(',')), asked['include'], asked['from_block'])
     return dict(settings, budget=min(max(settings['budget'], asked['lo']*len(sites)), asked['hi']*len(sites)))
 
 # %% ../../nbs/87a_trials.ipynb #f3e99bec
@@ -128,7 +123,8 @@ def run_trial(
     "Train as `finetune` would, without looking at the test images"
     job = replace(problem.job, options=problem.job.options|settings)
     rcp = complete_recipe(recipe_for(job.method, job.options), problem.model, problem.regime, len(problem.dls.train))
-    job,model,dls,best = replace(job, rcp=rcp),deepcopy(problem.model),fresh_loaders(problem.dls),KeepBest(scaled_nll, rcp['patience'])
+    job,model,dls = replace(job, rcp=rcp),deepcopy(problem.model),fresh_loaders(problem.dls)
     learn = job.learner(dls, model, job.allocate(dls, model), **problem.build)
+    best = KeepBest(lambda logits, targs: task_nll(logits, targs, learn.counted), rcp['patience'])
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([best, Reporting(report)]): learn.fit_recipe(say=lambda text: None)
     return min(best.losses),learn.recipe['epochs']

@@ -17,15 +17,9 @@ import pandas as pd
 from fastcore.meta import delegates
 from matplotlib.figure import Figure
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..checks import *
-from ..sites import *
-from ..find import *
-from ..presets import *
-from ..planning import *
-from ..probes.start import *
-from ..train.callbacks import *
-from ..train.recipe import *
-from ..calibration.temperature import *
 from ..report.text import *
 from ..report.plots import *
 from .run import *
@@ -214,7 +208,7 @@ def save_search(
     plot_trials(rows, fig)
     with atomic_path(out/'tune.svg') as tmp: fig.savefig(tmp, format='svg')
 
-@delegates(finetune, but=['method','seed','out','force','plan','data','minutes','quiet'])
+@delegates(finetune, but=['method','seed','out','force','plan','data','minutes','quiet','resume','auto_resume'])
 def tune(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     method:str='fclora', # Whose settings are searched: fclora, uniform, head, full, or another that fclora systems lists
@@ -230,13 +224,14 @@ def tune(
     "Search settings on the validation images by successive halving, then train the winner in full"
     require('optuna', extra='tune')
     began = time.perf_counter()
-    if minutes is not None: checked(minutes, real_number(.01), 'minutes')
-    if trials is not None or minutes is None: trials = checked(20 if trials is None else trials, whole_number(1), 'trials')
+    check_ranges(minutes=minutes, trials=trials, seed=seed, **kwargs)
+    if trials is None and minutes is None: trials = 20
     check_row(data, method, kwargs)
+    check_out_folder(out)
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-tune', force)
     check_settings_file(out, dict(data=str(data), method=method, seed=seed, **kwargs), resume)
     if not resume: (out/'trials.log').unlink(missing_ok=True)
-    def say(text): print(text) if not quiet else None
+    def say(text): None if quiet else print(text)
     problem = load_problem(data, method, seed, out/'best', **kwargs)
     left = None if minutes is None else 60*minutes-(time.perf_counter()-began)
     rows = search(problem, open_study(out), search_space(problem), trials, left, say)
