@@ -9,13 +9,12 @@ presets."""
 
 # %% auto #0
 __all__ = ['any_line', 'any_text', 'any_name', 'a_flag', 'Check', 'checked', 'checked_item', 'is_line', 'is_text', 'is_name',
-           'whole_number', 'real_number', 'one_of', 'maybe', 'list_of', 'dict_of', 'is_nested', 'read_json',
-           'registered']
+           'whole_number', 'real_number', 'one_of', 'maybe', 'list_of', 'dict_of', 'is_nested', 'read_small_text',
+           'read_json', 'registered']
 
 # %% ../nbs/18_checks.ipynb #b53c4a22
 import json,math,re,unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 
 # %% ../nbs/18_checks.ipynb #375c6741
 @dataclass(frozen=True)
@@ -134,12 +133,21 @@ def is_nested(
     return levels>=0 and all(is_nested(o, levels-1) for o in inner)
 
 # %% ../nbs/18_checks.ipynb #861f642d
+def read_small_text(
+    path, # File
+    most:int=64 # Largest size in MB; a Plan or a description of a run has a hundredth of one
+)->str:
+    "The text of a file that has no reason to be large, and of a device without an end no more"
+    with open(path, 'rb') as f: content = f.read(most*10**6+1)
+    if len(content)>most*10**6: raise ValueError(f'it is larger than {most} MB')
+    return content.decode('utf-8')
+
 def read_json(
     path, # File
     what:str # What it should be, for the message
 ): # What the file holds
     "The JSON in the file at `path`, or one clear line"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(read_small_text(path))
     except FileNotFoundError: raise FileNotFoundError(f'no {what} at {path}') from None
     except OSError as e: raise type(e)(f'{path} is not a {what}: {e.strerror}') from None
     except RecursionError: raise ValueError(f'{path} is not a {what}: its brackets are nested too deeply') from None

@@ -15,6 +15,7 @@ from fclora.deploy.int8 import export
 from fclora.deploy.onnx import export_onnx, export_program, metadata, onnx_model, random_pixels
 from fclora.find import find_sites
 from fclora.lora import LoRA, adapters
+from fclora.runs.config import sealed
 from fclora.runs.folder import load_model
 from fclora.runs.use import predict
 
@@ -37,7 +38,7 @@ def onnx(runs, tmp_path_factory): return export_onnx(runs['two'], tmp_path_facto
 def unfinished(run, to):
     shutil.copytree(run, to)
     d = json.loads((to/'fclora.json').read_text())
-    (to/'fclora.json').write_text(json.dumps(dict(d, T=None, status='epoch 1 of 3')))
+    (to/'fclora.json').write_text(json.dumps(sealed(dict(d, T=None, status='epoch 1 of 3'))))
     return to
 
 def said(run, px):

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
 from conftest import QUICK, make_images
-from fuzz import guarded, make_run, watch
+from fuzz import guarded, make_run, peak_mib, watch
 from fclora.backbones import create_backbone
 from fclora.cli import command_table, main
 from fclora.data import sources
@@ -119,6 +119,11 @@ def test_a_plan_cannot_lead_the_run_folder_out(run, tmp_path, capsys, monkeypatc
         Path('p.json').write_text(json.dumps(dict(plan, method=method)))
         assert 'is not a Plan: method must be a plain name' in fails(capsys, 'finetune', 'digits', '--plan', 'p.json')
     assert [o.name for o in tmp_path.iterdir()]==['p.json']
+
+def test_a_plan_without_an_end_is_refused(capsys, unread, tmp_path):
+    before = peak_mib()
+    assert '/dev/zero is not a Plan: it is larger than 64 MB' in fails(capsys, 'finetune', 'digits', '--plan', '/dev/zero', '--out', tmp_path/'r')
+    assert peak_mib()<before+500
 
 def test_parts_of_a_plan_are_names_from_the_registries(run, tmp_path, capsys, unread):
     plan = json.loads((run/'plan.json').read_text())

@@ -98,7 +98,7 @@ def read_config(
     file = path/'fclora.json'
     if not file.is_file():
         raise FileNotFoundError(f'{path} is not a run folder, or its run never finished an epoch: it has no fclora.json')
-    try: config = json.loads(file.read_text(encoding='utf-8'))
+    try: config = json.loads(read_small_text(file))
     except (ValueError, RecursionError) as e: raise ValueError(f'{file} is damaged: {e}') from None
     config = check_config(config, file)
     check_digest(config, file)

@@ -207,7 +207,9 @@ def pretrain(
     torch.manual_seed(seed)
     np.random.seed(seed)
     dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    size = timm.create_model(arch, num_classes=2).patch_embed.img_size[0]
+    embed = getattr(timm.create_model(arch, num_classes=2), 'patch_embed', None)
+    if embed is None: raise ValueError(f'--arch must be a vision transformer, and {arch} is none')
+    size = embed.img_size[0]
     x,y,xv,yv,names = _splits(data, size, classes, dev, quiet)
     kw['batch_size'] = bs = max(2, min(batch_size, len(x))//2*2)
     model = timm.create_model(arch, num_classes=len(names), patch_drop_rate=patch_drop or 1e-9).to(dev)
