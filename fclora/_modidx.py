@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fclora.checks.maybe': ('checks.html#maybe', 'fclora/checks.py'),
                                'fclora.checks.one_of': ('checks.html#one_of', 'fclora/checks.py'),
                                'fclora.checks.read_json': ('checks.html#read_json', 'fclora/checks.py'),
+                               'fclora.checks.read_small_text': ('checks.html#read_small_text', 'fclora/checks.py'),
                                'fclora.checks.real_number': ('checks.html#real_number', 'fclora/checks.py'),
                                'fclora.checks.registered': ('checks.html#registered', 'fclora/checks.py'),
                                'fclora.checks.whole_number': ('checks.html#whole_number', 'fclora/checks.py')},
