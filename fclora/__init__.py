@@ -81,6 +81,7 @@ Modules:
 - `fclora.runs.folds`: One run a fold, mean and spread, and a prediction for every image by a model that has not seen it
 - `fclora.runs.job`: What was asked for, with its clock and its folder
 - `fclora.runs.prepare`: Images, loaders and backbone from the options of a command
+- `fclora.runs.resume`: Go on with a run that was stopped, to the result that it would have had
 - `fclora.runs.run`: What one fine-tuning decided and measured
 - `fclora.runs.systems`: Every method that the library knows, with what it does and where it is described
 - `fclora.runs.trials`: One training of a search: what all trials share, what differs, and how good the result is

@@ -30,7 +30,7 @@ ranges = dict( # {option: (lowest, highest)}; a value of None means the default 
     # a finished run
     top_k=(1, 10**6), port=(1, 65_535), recover=(0, 10**6), sets=(.0001, .9999), min_confidence=(0., 1.), max_error=(.0001, .9999),
     # pretraining and speed
-    minutes=(.0001, 1e6), mixup=(0., 1000.), patch_drop=(0., .999), ema=(0., .9999999), steps=(1, 10**6), warmup=(0, 10**6),
+    minutes=(.01, 1e6), mixup=(0., 1000.), patch_drop=(0., .999), ema=(0., .9999999), steps=(1, 10**6), warmup=(0, 10**6),
     rank=(1, 65_536), threads=(1, 4096))
 
 # %% ../nbs/18a_ranges.ipynb #89288bd8

@@ -117,7 +117,7 @@ def test_evaluation_between_epochs_leaves_the_average_alone(make):
     assert learn.ema.average=={} and all(torch.equal(p, before[n]) for n,p in learn.model.named_parameters())
 
 @pytest.mark.parametrize('args,word', [
-    (['--ema','1'], 'ema must be at least 0 and below 1, got 1.0'), (['--ema','-.1'], 'ema must be at least 0'),
+    (['--ema','1'], '--ema must be a number in 0.0..0.9999999, got 1.0'), (['--ema','-.1'], '--ema must be a number in'),
     (['--ema','.9','--method','stella'], 'the adapter stella keeps lora_A and lora_B orthonormal'),
     (['--ema','.9','--adapter','stiefel'], 'leave ema at 0')])
 def test_what_cannot_be_averaged_is_refused_before_anything_is_loaded(args, word, tmp_path, capsys):

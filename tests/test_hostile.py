@@ -9,6 +9,7 @@ from conftest import QUICK, make_images
 from fuzz import guarded, make_run, peak_mib, watch
 from fclora.backbones import create_backbone
 from fclora.cli import command_table, main
+from fclora.data.folders import find_splits
 from fclora.data import sources
 from fclora.data.pixels import decode, image_files, read_image
 from fclora.deploy import demo as demo_module
@@ -239,7 +240,7 @@ def test_every_real_file_counts_once(tmp_path):
     d,store = make_images(tmp_path/'d'),make_images(tmp_path/'store', ('more',))
     for o in ('a','b'): (d/'cat'/o).symlink_to(store/'more')
     (d/'cat'/'again.png').symlink_to(d/'cat'/'0.png')
-    assert {c:len(fs) for c,fs in sources.class_splits(d)['train'].items()}==dict(cat=12, dog=6)
+    assert {c:len(fs) for c,fs in sources.class_splits(find_splits(d), d)['train'].items()}==dict(cat=12, dog=6)
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning') # as page 41 asks; pytest has filters of its own
 def test_a_picture_of_too_many_pixels_is_refused_by_its_name(capsys, tmp_path, run, monkeypatch):
@@ -292,7 +293,7 @@ with_out = [cmd for cmd,spec in command_table().items() if 'out' in {o['name'] f
 def test_whether_out_can_be_written_is_tried_first(cmd, tmp_path, capsys, unread, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'file').write_text('mine'); (tmp_path/'gone').symlink_to(tmp_path/'nowhere')
-    name = dict(export='x.onnx', pretrain='x.safetensors').get(cmd, 'x')
+    name = dict(export='x.onnx', pretrain='x.safetensors', check='x.html').get(cmd, 'x')
     options = {o['name']:o for o in command_table()[cmd]['options']}
     first = 'digits' if cmd in ('finetune','compare','score') else 'no/such/run'
     for out in (tmp_path/'file'/name, tmp_path/'gone'/name, Path('/sys')/name, Path('/dev/null')/name, tmp_path/('x'*300)/name):

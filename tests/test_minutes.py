@@ -131,4 +131,4 @@ def test_the_command_counts_what_has_gone_and_what_follows(tmp_path, capsys, mon
 @pytest.mark.parametrize('value', ['0','-3'])
 def test_minutes_must_be_a_time(value, capsys):
     assert main(['finetune', 'no/such/folder', '--minutes', value])==1
-    assert 'minutes must be at least 0.01' in capsys.readouterr().err
+    assert '--minutes must be a number in 0.01..' in capsys.readouterr().err

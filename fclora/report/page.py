@@ -100,5 +100,5 @@ def save_report(
 )->Path: # `path`
     "Write the page of `run` to `path`, or leave `path` as it was"
     page = report_html(run, Path(path).parent) if isinstance(run, Run) else compare_html(run)
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8')
+    with atomic_path(path) as tmp: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
     return Path(path)

@@ -107,6 +107,7 @@ def surest(
     t:dict # From `calibration_table`
 )->str: # Empty where no image is in the last bin
     "What the most confident answers claim and keep, in words"
+    if 'bins' not in t: return '' # stored by an earlier version
     n,conf,acc = [t['bins'][k][-1] for k in ('count','conf','acc')]
     above = percent(t['bins']['lo'][-1], 0)
     return (f'Of the {n:,} test images with a confidence above {above}, it claims to be right on {percent(conf)} '
@@ -127,7 +128,8 @@ def reliability_part(
     def draw(fig):
         fig.set_layout_engine('none') # It cannot place the counts under their diagrams
         plot_bins(t, fig.subplots(1, 2, sharey=True))
-    picture = inline_picture(draw, 'Reliability diagrams before and after calibration, with bin counts', (7,3.7))
+    alt = 'Reliability diagrams before and after calibration, with bin counts'
+    picture = inline_picture(draw, alt, (7,3.7)) if 'bins_raw' in t else lost('bins')
     bars = 'Bars on the diagonal keep what they claim; below are the numbers of images.'
     return html_text(text+surest(t), bars) + picture + html_text(reading) + html_table(scores_table(t))
 

@@ -8,7 +8,7 @@ small pictures. It judges nothing by itself: what it lists is to be looked at.""
 
 # %% auto #0
 __all__ = ['check_style', 'place_name', 'pair_findings', 'near_groups', 'label_findings', 'findings', 'pairs_text',
-           'finding_rows', 'inline_image', 'finding_html', 'pictures_section', 'count_table', 'check_html', 'check']
+           'finding_rows', 'finding_picture', 'finding_html', 'pictures_section', 'count_table', 'check_html', 'check']
 
 # %% ../../nbs/88_check.ipynb #6c6b4e32
 from base64 import b64encode
@@ -18,6 +18,8 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.meta import delegates
 from ..files import *
+from ..outputs import *
+from ..ranges import *
 from ..data.images import *
 from ..data.sources import *
 from ..data.duplicates import *
@@ -26,7 +28,7 @@ from ..backbones import *
 from ..probes.features import *
 from ..probes.suspects import *
 from ..report.text import *
-from ..report.page import *
+from ..report.html import *
 from ..train.imbalance import *
 from .prepare import *
 
@@ -111,7 +113,7 @@ def finding_rows(
             ['labels that look wrong', labels]]
 
 # %% ../../nbs/88_check.ipynb #ebff319f
-def inline_image(
+def finding_picture(
     item, # uint8 pixels (3, h, w), an image file, or a function that opens one
     caption:str # Escaped
 )->str: # HTML
@@ -120,7 +122,8 @@ def inline_image(
     if img is None: return f'<figure><figcaption>{escape(caption)} (cannot be read any more)</figcaption></figure>'
     img.resize((96,96), 0 if img.width<48 else 1).save(buffer, 'PNG')
     source = b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="" width="96" src="data:image/png;base64,{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+    text = escape(caption)
+    return f'<figure><img alt="{text}" width="96" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
 
 def finding_html(
     images:Images, # That were looked at
@@ -129,7 +132,7 @@ def finding_html(
     "One finding with its pictures"
     def shown(place, name, label):
         end = name if len(name)<=60 else '…'+name[-59:] # the end of a path tells more than its start
-        return inline_image(images.splits[place[0]][0][place[1]], f'{label} ({end})')
+        return finding_picture(images.splits[place[0]][0][place[1]], f'{label} ({end})')
     if 'suggested' in o:
         label = f"{o['label']} → {o['suggested']}?"
         return f"<div class=same>{shown(o['places'][0], o['names'][0], label)}</div>"
@@ -149,7 +152,7 @@ def pictures_section(
 )->str: # HTML
     "A part of the page with pictures"
     more = f' The first {most} of {len(some):,} are shown.' if len(some)>most else '' if some else ' None.'
-    return html_section(title, text+more, f"<div class=all>{''.join(finding_html(images, o) for o in some[:most])}</div>")
+    return html_section(title, html_text(text+more), f"<div class=all>{''.join(finding_html(images, o) for o in some[:most])}</div>")
 
 # %% ../../nbs/88_check.ipynb #1248e2da
 def count_table(
@@ -167,10 +170,10 @@ def check_html(
 )->str: # HTML, pictures included
     "The whole page"
     counts = count_table(found['counts'])
-    parts = [html_section('Images', f"Pictures of {found['sizes']} pixels. {imbalance_text(images)}", html_table(counts))]
+    parts = [html_section('Images', html_text(f"Pictures of {found['sizes']} pixels. {imbalance_text(images)}"), html_table(counts))]
     if found['unreadable']:
         rows = ''.join(f'<li>{escape(f)}: {escape(why)}</li>' for f,why in found['unreadable'][:200])
-        parts.append(html_section('Unreadable', f"Files left out: {len(found['unreadable']):,}.", f'<ul>{rows}</ul>'))
+        parts.append(html_section('Unreadable', html_text(f"Files left out: {len(found['unreadable']):,}."), f'<ul>{rows}</ul>'))
     same = 'A test or validation image that is also a training image makes results look better than they are; remove one of them.'
     parts.append(pictures_section('The same picture again', f'Identical to the byte. {same}', images, found['exact'], most))
     alike = 'Alike in structure and colours, such as copies that were resized or saved anew. Some may be different pictures.'
@@ -194,7 +197,8 @@ def check(
     "Look at the data before training: counts, unreadable files, duplicates, labels that look wrong"
     out = Path(out or f'{data_name(data)}-check.html')
     if out.suffix.lower()!='.html': raise ValueError(f'--out must be an .html file, got {out}')
-    if most<1: raise ValueError(f'--most must be at least 1, got {most}')
+    check_out_file(out)
+    check_ranges(most=most)
     if kwargs.get('multi_label'): raise ValueError('fclora check looks at images with one label each; leave --multi-label off')
     if labels: images,dls,model,_ = prepare(data, skip_bad=True, quiet=quiet, **kwargs)
     else: images,dls,model = load_images(data, skip_bad=True, progress=not quiet, **pick(load_images, kwargs, ['size'])),None,None

@@ -77,12 +77,14 @@ def tidy(
         else: o.unlink(missing_ok=True)
 
 # %% ../../nbs/72a_claim.ipynb #8b9390d9
+_paths = ('data','images','data_root','checkpoint','plan','class_weights') # options that may be files or folders
+
 def whole_paths(
     asked:dict # Options
 )->dict:
     "`asked` with files and folders by their whole path"
-    def is_path(v): return isinstance(v, str) and Path(v).exists() and v not in ('digits','cifar10','cifar100')
-    return {k:str(Path(v).resolve()) if is_path(v) else v for k,v in asked.items()}
+    def is_path(k, v): return k in _paths and isinstance(v, str) and v not in ('digits','cifar10','cifar100') and Path(v).exists()
+    return {k:str(Path(v).resolve()) if is_path(k, v) else v for k,v in asked.items()}
 
 def write_options(
     out, # Run folder

@@ -29,6 +29,7 @@ from ..report.text import *
 from .run import *
 from .folder import *
 from .prepare import *
+from .claim import *
 from .use import *
 from .evaluate import *
 
@@ -107,7 +108,8 @@ def cut_run(
     checked(unit, one_of(('ranks','params')), 'unit of the budget')
     check_ranges(budget=budget, recover=recover)
     checked(budget, whole_number(), '--budget')
-    folder,old = new_folder(out, f'{Path(run).name}-cut', force),load_run(run, checkpoint, compute_device(device))
+    if out is not None: new_folder(out, '', force) # refused before anything is loaded
+    old = load_run(run, checkpoint, compute_device(device))
     one_label(old.config, 'fclora cut')
     if old.plan is None: raise ValueError(f"{run} is a run of {old.config['method']}, without a Plan and adapters to cut")
     cut_sites(old.model)
@@ -119,7 +121,8 @@ def cut_run(
     stages['after'] = stage(learn.model, dls)
     few_steps(learn, recover)
     if recover: stages['recovered'] = stage(learn.model, dls)
-    return save_cut(old, learn, stages, folder, dict(run=str(run), recover=recover))
+    with claimed(new_folder(out, f'{Path(run).name}-cut', force)) as folder:
+        return save_cut(old, learn, stages, folder, dict(run=str(run), recover=recover))
 
 # %% ../../nbs/86_cut_run.ipynb #64f112ce
 def save_cut(

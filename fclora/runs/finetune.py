@@ -110,7 +110,8 @@ def save(self:Job,
 )->Run:
     "Write the run folder with what there is so far"
     config = run_config(learn, self.about['model'], self.about['data'], self.seed, status=status)
-    config.update(calibration or {}, asked=self.asked)
+    asked = {k:Path(v).name if v and k in ('checkpoint','plan') else v for k,v in self.asked.items()} # no folders of this machine
+    config.update(calibration or {}, asked=asked)
     run = Run(config, metrics or {}, self.history, learn.plan, learn.model)
     save_run(run, self.out)
     return run
@@ -212,7 +213,6 @@ def evaluate(self:Job,
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
     metrics = self.measurements(learn, measure_task(logits, targs, calibration))
     run = self.save(learn, 'done', calibration, metrics)
-    tidy(self.out)
     return replace(run, logits=logits, targs=targs, images=images.test[0])
 
 # %% ../../nbs/76_finetune.ipynb #aba3cabb
@@ -225,6 +225,7 @@ def report(self:Job,
     try: save_report(run, self.out/'report.html')
     except Exception as e: warnings.warn(f'the run is saved, but its report could not be drawn: {type(e).__name__}: {e}')
     self.track.finish(run)
+    tidy(self.out)
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
@@ -252,7 +253,8 @@ def finetune(
     **kwargs
 )->Run:
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
-    if auto_resume and is_done(out): return load_run(out, kwargs.get('checkpoint'))
+    if auto_resume and is_done(out) and not was_stopped(out):
+        with claimed(out): return load_run(out, kwargs.get('checkpoint'))
     options = dict(recipe=recipe, checkpointing=checkpointing, compile=compile, probe=probe, **kwargs)
     job = new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out), save_minutes, log, **options)
     with claimed(job.out), job.track:

@@ -67,7 +67,7 @@ def new_job(
     if goes_on: check_same_options(out, asked)
     given = given_plan(plan, dict(options, method=method)) if plan else None
     method = given.method if given else method
-    check_asked(data, method, dict(options, seed=seed), given)
+    check_asked(data, method, dict(options, seed=seed, save_minutes=save_minutes), given)
     check_calibrator(options.get('calibrator', 'temperature'))
     rcp = recipe_for(method, options)
     folder = Path(out) if goes_on else new_folder(out, f'{data_name(data)}-{method}', force)

@@ -60,7 +60,8 @@ def batch_loss(
     "Mean loss of `model` on `batch`"
     output,targets = run_batch(model, batch)
     if not isinstance(batch, Mapping):
-        several = targets.shape==output.shape and not targets.is_floating_point() # yes or no for every label: a Bernoulli likelihood
+        # yes or no for every label: a Bernoulli likelihood
+        several = targets.shape==getattr(output, 'shape', None) and not targets.is_floating_point()
         if several and loss_func is F.cross_entropy: return F.binary_cross_entropy_with_logits(output, targets.to(output.dtype))
         return loss_func(output, targets)
     if output.loss is None: raise ValueError('the model returned no loss: its batches need `labels`')
