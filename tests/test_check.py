@@ -151,7 +151,7 @@ def test_only_some_of_many_findings_are_drawn(folder):
 
 def test_wrong_use_is_one_clear_error(folder, tmp_path):
     with pytest.raises(ValueError, match='must be an .html file'): check(str(folder), out=str(tmp_path/'labels.csv'))
-    with pytest.raises(ValueError, match='--most must be at least 1'): check(str(folder), most=0)
+    with pytest.raises(ValueError, match='--most must be a whole number in 1'): check(str(folder), most=0)
     with pytest.raises(FileNotFoundError, match='no folder and no data set'): check(str(folder)+'x', model='vit_pico')
     assert list(tmp_path.glob('*.html'))==[]
 

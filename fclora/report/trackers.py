@@ -52,7 +52,8 @@ class WandB:
         settings:dict # {name: value}
     ):
         import wandb
-        self.wandb,self.run = wandb,wandb.init(project='fclora', name=out.name, dir=str(out), config=settings)
+        self.wandb,self.run = wandb,wandb.init(project='fclora', name=out.name, dir=str(out), config=settings,
+                                               mode=os.environ.get('WANDB_MODE')) # as it is now, not as it was when wandb was first loaded
     def numbers(self,
         values:dict, # {name: number}
         step:int # Epoch

@@ -11,6 +11,7 @@ __all__ = ['finetune']
 
 # %% ../../nbs/76_finetune.ipynb #9fd0e96a
 import sys,time,warnings
+from pathlib import Path
 from contextlib import ExitStack
 from dataclasses import replace
 import torch
