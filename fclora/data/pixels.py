@@ -8,8 +8,8 @@ files. Nothing here imports fastai, so that prediction starts quickly."""
 
 # %% auto #0
 __all__ = ['program_formats', 'to_8bit', 'float_to_8bit', 'on_white', 'as_rgb', 'picture_formats', 'check_picture', 'read_image',
-           'to_square', 'square_resize', 'to_input', 'why_unreadable', 'decode', 'image_suffixes', 'image_files',
-           'name_some', 'in_threads', 'load_batch']
+           'to_square', 'square_resize', 'to_input', 'why_unreadable', 'decode', 'header', 'image_suffixes',
+           'image_files', 'name_some', 'in_threads', 'load_batch']
 
 # %% ../../nbs/41_pixels.ipynb #88275482
 import os, warnings, numpy as np, torch
@@ -141,6 +141,19 @@ def decode(
     except Exception as e: return None,why_unreadable(e) # Pillow's readers raise nearly every kind
     if size and x.shape[-1]>size: x = square_resize(x, size, interpolation)
     return x,None
+
+# %% ../../nbs/41_pixels.ipynb #58f13d12
+def header(
+    path # Image file, or a function that opens one
+)->tuple: # (side in pixels, None), or (None, reason)
+    "Side of the centre square of one file, from its header alone, or why it cannot be read"
+    try:
+        if not callable(path) and not os.path.getsize(path): raise OSError('empty')
+        if not callable(path) and not os.path.isfile(path): raise OSError('not a file')
+        with path() if callable(path) else Image.open(path, formats=picture_formats()) as img:
+            check_picture(img)
+            return min(img.size),None
+    except Exception as e: return None,why_unreadable(e)
 
 # %% ../../nbs/41_pixels.ipynb #d862f46a
 def image_suffixes(

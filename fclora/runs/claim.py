@@ -76,8 +76,8 @@ def tidy(
         if o.is_dir(): shutil.rmtree(o)
         else: o.unlink(missing_ok=True)
 
-# %% ../../nbs/72a_claim.ipynb #8b9390d9
-_paths = ('data','images','data_root','checkpoint','plan','class_weights') # options that may be files or folders
+# %% ../../nbs/72a_claim.ipynb #7ae206a5
+_paths = ('data','images','data_root','cache','checkpoint','plan','class_weights') # options that may be files or folders
 
 def whole_paths(
     asked:dict # Options
@@ -100,7 +100,7 @@ def read_options(
     file = Path(out)/'options.json'
     return read_json(file, 'file of options') if file.is_file() else {}
 
-_may_change = ('device','num_workers','save_minutes','log')
+_may_change = ('device','num_workers','save_minutes','log','skip_bad','in_memory','cache')
 
 def was_stopped(
     out # Run folder, or None
