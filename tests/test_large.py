@@ -239,3 +239,88 @@ def test_a_run_with_skip_bad_lists_what_it_skipped_and_one_without_can_go_on_so(
 def test_the_command_says_it_in_one_line(broken, tmp_path):
     res = fclora('finetune', broken, '--model', 'vit_pico', '--no-in-memory', '--quiet', '--out', tmp_path/'run')
     assert res.returncode==1 and res.stderr.count('\n')==1 and '5.png: image file is truncated' in res.stderr and 'fclora resume' in res.stderr
+
+# --- shards
+
+webdataset = pytest.importorskip('webdataset')
+
+def write_shards(root, names=('train-000','train-001'), n=8, label=lambda i: dict(cls=i%2)):
+    root.mkdir(exist_ok=True)
+    for k,name in enumerate(names):
+        with webdataset.TarWriter(str(root/f'{name}.tar')) as sink:
+            for i in range(n):
+                px = np.random.default_rng(100*k+i).normal(80+100*(i%2), 20, (32,32,3)).clip(0, 255).astype('uint8')
+                sink.write({'__key__':f'{k:02}{i:04}', 'png':Image.fromarray(px), **label(i)})
+    return root
+
+def test_shards_are_images_like_any_other(tmp_path):
+    root = write_shards(tmp_path/'s', ('train-000','train-001','val-000'))
+    found = [load(f'{root}/'+'{train-{000..001},val-000}.tar', **o) for o in (dict(), dict(in_memory=False), dict(cache=tmp_path/'c'))]
+    for o in found:
+        assert o.vocab==['0','1'] and len(o.valid[1])==8 and len(o.train[1])+len(o.test[1])==16
+        for dl in get_dls(o, 32, **stats, bs=4, device='cpu', num_workers=2):
+            for x,y in dl: assert ((x.mean((1,2,3))>0)==y.bool()).all()
+        assert exact_groups(o)==[]
+    seen = {f.name for o in found[0].files.values() for f in o}
+    with webdataset.WebDataset([str(o) for o in sorted(root.iterdir())], shardshuffle=False) as ds: assert seen=={f"{o['__key__']}.png" for o in ds}
+
+def test_bad_shards_are_one_clear_error(tmp_path):
+    root = write_shards(tmp_path/'s')
+    whole,second = (root/'train-001.tar').read_bytes(),root/'train-001.tar'
+    for n in (0, 100, 1000, len(whole)//2):
+        second.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='the shard .*train-001.tar'): load(f'{root}/*.tar')
+    import gzip
+    second.write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match='uncompressed'): load(f'{root}/*.tar')
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match='1 of 2 shards'): load(f'{root}/train-'+'{000..001}.tar')
+    with pytest.raises(FileNotFoundError, match='no shard'): load(f'{tmp_path}/*.tar')
+
+def test_labels_of_shards(tmp_path):
+    a = load(write_shards(tmp_path/'a', label=lambda i: dict(json=dict(label='cat' if i%2 else 'dog')))/'*.tar')
+    assert a.vocab==['cat','dog']
+    several = write_shards(tmp_path/'b', n=20, label=lambda i: dict(json=dict(labels=['wet','cat'] if i%2 else ['cat','dry'])))/'*.tar'
+    assert load(several, multi_label=True).vocab==['cat','dry','wet']
+    with pytest.raises(ValueError, match='--multi-label'): load(several)
+    with pytest.raises(ValueError, match='no label'): load(write_shards(tmp_path/'c', label=lambda i: {})/'*.tar')
+    with pytest.raises(ValueError, match='the label of 000000 is unreadable'): load(write_shards(tmp_path/'d', label=lambda i: dict(json=b'{'))/'*.tar')
+
+def test_a_broken_image_in_a_shard_is_named(tmp_path):
+    root = write_shards(tmp_path/'s')
+    one = load(f'{root}/*.tar', in_memory=False).files['train'][0]
+    with open(one.file, 'r+b') as f:
+        f.seek(one.offset)
+        f.write(b'damage')
+    with pytest.raises(ValueError, match=f'1 of 16 image files .*{one.name}'): load(f'{root}/*.tar', in_memory=False)
+    assert len(load(f'{root}/*.tar', skip_bad=True).skipped)==1
+
+def test_a_run_on_shards_finds_them_again(tmp_path, monkeypatch):
+    write_shards(tmp_path/'s', n=16)
+    monkeypatch.chdir(tmp_path)
+    run = finetune(**quick|dict(data='s/train-{000..001}.tar', epochs=1, method='head'))
+    assert str(next((tmp_path/'runs').iterdir()).name)=='train-head-1' and run.config['data']['name']=='train'
+    from fclora.runs.evaluate import evaluate
+    assert evaluate(str(tmp_path/'runs/train-head-1'), quiet=True)
+
+# --- a million names
+
+def test_names_take_little_memory_and_no_file_is_opened(monkeypatch):
+    import tracemalloc
+    from fclora.data.folders import list_files
+    from fclora.data.images import split_images
+    files = {f'c{c:03}':[Path(f'/no/such/c{c:03}/{i:06}.jpg') for i in range(200)] for c in range(100)}
+    tracemalloc.start()
+    splits = sources.class_splits(dict(train=files), 'made')
+    listed,targs,rows = list_files(splits)
+    images = split_images('made', list(files), listed, targs, rows, files=listed)
+    _,most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most/20_000<1000 # bytes a name
+    assert [torch.bincount(y).unique().tolist() for _,y in images.splits.values()]==[[128],[32],[40]]
+
+def test_files_come_in_the_order_of_their_paths(tmp_path):
+    for o in ('b/1.png','a/z/2.png','a/10.png','a/9.png','a-b/1.png','a/z.png','a.b/x.png'):
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/o).touch()
+    assert image_files(tmp_path)==sorted(image_files(tmp_path)) and len(image_files(tmp_path))==7

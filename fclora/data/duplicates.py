@@ -21,7 +21,7 @@ from .rows import *
 from .images import *
 from .pixels import *
 
-# %% ../../nbs/43a_duplicates.ipynb #61caf88f
+# %% ../../nbs/43a_duplicates.ipynb #09a170e4
 def fingerprint(
     item # uint8 pixels (3, h, w), an image file, or a function that opens one
 )->str:
@@ -35,6 +35,7 @@ def file_end(
     n:int=4096 # Bytes to read
 )->tuple: # Size, and a short hash of the last `n` bytes; nothing where `item` is no file
     "What is cheap to know of a file, however large it is"
+    if hasattr(item, 'read'): return 0,hash(item.read(n))
     if not isinstance(item, Path): return ()
     with open(item, 'rb') as f:
         size = f.seek(0, 2)
@@ -44,11 +45,12 @@ def file_end(
 def cut_groups(
     look, # Such as `fingerprint`
     groups:list, # Lists of keys of `items`
-    items # {key: item}
+    items, # {key: item}
+    each:int=1 # As for `in_threads`
 )->list: # The groups cut up, those of one left out
     "Those of each group that look the same"
     found,pairs = {},[(n,k) for n,g in enumerate(groups) for k in g]
-    for (n,k),seen in zip(pairs, in_threads(look, (items[k] for _,k in pairs))): found.setdefault((n,seen), []).append(k)
+    for (n,k),seen in zip(pairs, in_threads(look, (items[k] for _,k in pairs), each)): found.setdefault((n,seen), []).append(k)
     return [g for g in found.values() if len(g)>1]
 
 def exact_groups(
@@ -57,7 +59,7 @@ def exact_groups(
     "Images that are there more than once"
     kept = {k:images.files[k] if isinstance(o, Rows) else o for k,(o,_) in images.splits.items()}
     items = {(k,i):o for k,some in kept.items() for i,o in enumerate(some)}
-    return cut_groups(fingerprint, cut_groups(file_end, [list(items)], items), items)
+    return cut_groups(fingerprint, cut_groups(file_end, [list(items)], items, 64), items)
 
 # %% ../../nbs/43a_duplicates.ipynb #38189e68
 def across_splits(

@@ -181,15 +181,19 @@ def name_some(
     more = f' and {len(items)-n} more' if len(items)>n else ''
     return ', '.join(map(str, items[:n])) + more
 
-# %% ../../nbs/41_pixels.ipynb #f4891197
+# %% ../../nbs/41_pixels.ipynb #3d3cdd4a
 def in_threads(
     f, # Called with each item
-    items # What to call it with
+    items, # What to call it with
+    each:int=1 # Items that a thread takes at a time; more where `f` is quick
 ):
-    "Results of `f` in order, computed in threads, a few hundred ahead"
+    "Results of `f` in order, computed in threads, 256 turns ahead"
     items = iter(items)
+    turns = iter(lambda: list(islice(items, each)), [])
+    def turn(some): return [f(o) for o in some]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while some := list(islice(items, 256)): yield from pool.map(f, some)
+        while some := list(islice(turns, 256)):
+            for done in pool.map(turn, some): yield from done
 
 # %% ../../nbs/41_pixels.ipynb #f557af49
 def load_batch(

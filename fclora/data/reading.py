@@ -9,11 +9,10 @@ how large the pixels are, and `free_memory` what there is room for."""
 # %% auto #0
 __all__ = ['free_memory', 'stack_side', 'size_of', 'decode_each', 'to_memory', 'find_bad']
 
-# %% ../../nbs/41f_reading.ipynb #2032b083
-import os, numpy as np, torch
+# %% ../../nbs/41f_reading.ipynb #8b29d850
+import torch
 from functools import partial
 from pathlib import Path
-from torch import Tensor
 from tqdm import tqdm
 from .pixels import *
 
@@ -49,7 +48,7 @@ def size_of(
     "An amount of memory that people can read"
     return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.1f} MB'
 
-# %% ../../nbs/41f_reading.ipynb #6ea0c4a0
+# %% ../../nbs/41f_reading.ipynb #f866ab0e
 def decode_each(
     files:list, # Image files
     put, # Called with the number and the pixels of each file; zeros where it cannot be read
@@ -57,7 +56,7 @@ def decode_each(
     size:int=None, # Of the model's input
     interpolation:str='bicubic', # Of the model's input
     progress:bool=True # Show a bar
-)->list: # [(file, reason)] that failed; None, with work undone, where pictures are of another side than `side`, and `side` is not `size`
+)->list: # [(file, reason)] that failed; None where a picture is of another side than `side`, and that is not `size`
     "Decode every file once and hand its pixels on"
     bad,found = [],in_threads(partial(decode, size=size, interpolation=interpolation), files)
     for i,(x,why) in enumerate(tqdm(found, 'reading images', len(files), leave=False, disable=None if progress else True)):
@@ -72,18 +71,19 @@ def to_memory(
     size:int=None, # As for `decode_each`
     interpolation:str='bicubic', # Likewise
     progress:bool=True # Likewise
-)->tuple: # (uint8 (n, 3, side, side), bad); (None, None) where pictures are of another side than `side`, and `side` is not `size`
+)->tuple: # (uint8 (n, 3, side, side), bad); (None, None) where `decode_each` returns None
     "Decode all files into one array in memory"
     pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     bad = decode_each(files, pixels.__setitem__, side, size, interpolation, progress)
     return (None,None) if bad is None else (pixels,bad)
 
-# %% ../../nbs/41f_reading.ipynb #2359c85f
+# %% ../../nbs/41f_reading.ipynb #19c2c003
 def find_bad(
     files:list, # Image files
     look=header, # Called with each; `decode` looks at all of it
     progress:bool=True # Show a bar
 )->list: # [(file, reason)]
     "Files that cannot be images, by their size and header"
-    found = tqdm(in_threads(look, files), 'looking at files', len(files), leave=False, disable=None if progress else True)
-    return [(f,why) for f,(_,why) in zip(files, found) if why]
+    found = in_threads(look, files, 1 if look is decode else 64)
+    bar = tqdm(found, 'looking at files', len(files), leave=False, disable=None if progress else True)
+    return [(f,why) for f,(_,why) in zip(files, bar) if why]

@@ -11,8 +11,8 @@ __all__ = ['memory_share', 'table_suffixes', 'class_splits', 'read_pixels', 'nam
            'read_images', 'folder_images', 'labelled', 'data_name', 'table_images', 'dataset_images', 'source_kind',
            'unknown_source', 'load_images']
 
-# %% ../../nbs/42_sources.ipynb #b1253057
-import os, numpy as np, torch
+# %% ../../nbs/42_sources.ipynb #72083dd3
+import os, re, numpy as np
 from difflib import get_close_matches
 from pathlib import Path
 from fastcore.meta import delegates
@@ -27,6 +27,7 @@ from .labels import *
 from .reading import *
 from .cache import *
 from .hf import *
+from .shards import *
 from .named import *
 
 # %% ../../nbs/42_sources.ipynb #74fd7462
@@ -43,7 +44,7 @@ def class_splits(
     vocab = pick_classes(splits['train'], classes)
     return {k:{c:cs[c] for c in vocab if c in cs} for k,cs in splits.items()}
 
-# %% ../../nbs/42_sources.ipynb #b9093d64
+# %% ../../nbs/42_sources.ipynb #63c5cb41
 memory_share = .5 # Of the free memory that pixels may take
 
 def read_pixels(
@@ -66,7 +67,8 @@ def read_pixels(
         if not in_memory and need>memory_share*free: break
         pixels,bad = to_memory(files, s, size, interpolation, progress)
         if pixels is not None: return pixels,bad,[]
-    if in_memory is not False and side is None: return None,find_bad(files, decode, progress),['decoded from disk in every epoch (sizes differ)']
+    if in_memory is not False and side is None:
+        return None,find_bad(files, decode, progress),['decoded from disk in every epoch (sizes differ)']
     why = 'as asked for' if in_memory is False else f'{size_of(need)} of pixels, {size_of(free)} of memory free'
     return None,find_bad(files, progress=progress),[f'decoded from disk in every epoch ({why})']
 
@@ -179,7 +181,7 @@ def labelled(
     splits = class_splits(by_class(rows, source), source, classes)
     return list(splits['train']),*list_files(splits)
 
-# %% ../../nbs/42_sources.ipynb #a3592372
+# %% ../../nbs/42_sources.ipynb #dda45a3d
 table_suffixes = ('.csv','.tsv','.txt')
 
 def data_name(
@@ -187,9 +189,10 @@ def data_name(
 )->str:
     "What to call the data set of a source"
     path = Path(str(source).removeprefix(hub_prefix).replace(':', '-'))
+    if is_shards(source): return re.split(r'[{*]', path.stem)[0].strip('-_.') or 'shards'
     return path.stem if path.suffix.lower() in table_suffixes else path.resolve().name
 
-# %% ../../nbs/42_sources.ipynb #953129b5
+# %% ../../nbs/42_sources.ipynb #8d5cf0da
 @delegates(read_images, but=['vocab','files','targs','rows','name','source','folder'])
 def table_images(
     file, # CSV or TSV file with the columns path, label and perhaps split
@@ -206,24 +209,25 @@ def table_images(
 
 @delegates(read_images, but=['vocab','files','targs','rows','name','source','folder'])
 def dataset_images(
-    source:str, # Folder that `datasets` saved, or hf:NAME from the Hub
-    label_column:str=None, # Column with the label, where it cannot be told
+    source:str, # Folder that `datasets` saved, hf:NAME from the Hub, or tar files such as pets-{000..009}.tar
+    label_column:str=None, # Column, or entry of .json, with the label, where it cannot be told
     multi_label:bool=False, # Several labels an image, or none?
     classes:str=None, # Slice of the sorted class names, such as ::2; default all
     **kwargs
 )->Images: # All readable images
-    "Images of a Hugging Face dataset"
-    rows = dataset_rows(source, label_column)
+    "Images of a Hugging Face dataset, or of tar files as WebDataset writes them"
+    rows = (shard_rows if is_shards(source) else dataset_rows)(source, label_column)
     return read_images(*labelled(rows, source, multi_label, classes), data_name(source), source, **kwargs)
 
-# %% ../../nbs/42_sources.ipynb #962a4562
+# %% ../../nbs/42_sources.ipynb #eb12fea3
 def source_kind(
     source # As for `load_images`
-)->str: # name, table, dataset or folder
+)->str: # name, table, dataset, shard or folder
     "What a source is"
     path = Path(source).expanduser()
     if source in data_sets: return 'name'
     if str(source).startswith(hub_prefix): return 'dataset'
+    if is_shards(source): return 'shard'
     if path.is_file() and path.suffix.lower() not in table_suffixes:
         raise ValueError(f'{source} is a file; give the folder that holds the class folders, or a table of labels (.csv or .tsv)')
     if path.is_file(): return 'table'
@@ -243,13 +247,14 @@ def unknown_source(
     return (f"no folder and no data set is called '{source}'{hint} "
             f"(data sets: {', '.join(data_sets)}; or a folder of class folders, or a table of labels)")
 
-# %% ../../nbs/42_sources.ipynb #ee217fc3
-_readers = dict(folder=folder_images, table=table_images, dataset=dataset_images)
-_options = dict(images=('table',), label_column=('table','dataset'), multi_label=('table','dataset'), classes=tuple(_readers), in_memory=tuple(_readers), cache=tuple(_readers))
+# %% ../../nbs/42_sources.ipynb #52eee6f6
+_readers = dict(folder=folder_images, table=table_images, dataset=dataset_images, shard=dataset_images)
+_files,_labelled = tuple(_readers),('table','dataset','shard')
+_options = dict(images=('table',), label_column=_labelled, multi_label=_labelled, classes=_files, in_memory=_files, cache=_files)
 
 @delegates(read_images, but=['vocab','files','targs','rows','name','source','folder'])
 def load_images(
-    source:str='digits', # digits, cifar10, cifar100, a folder, a table of labels, a saved dataset, or hf:NAME
+    source:str='digits', # digits, cifar10, cifar100, a folder, a table of labels, a saved dataset, hf:NAME, or pets-{000..009}.tar
     size:int=None, # Side of the model's input; larger images are reduced while reading. None keeps all pixels
     valid_pct:float=.2, # Share of the training images for validation, unless the source has such a split
     test_pct:float=None, # Share of all for testing, unless there is a test set; default .2, for digits .4
@@ -260,7 +265,7 @@ def load_images(
     label_column:str=None, # Column of a table or dataset with the label, where it cannot be told
     multi_label:bool=False, # Do images of a table or dataset have several labels, or none?
     classes:str=None, # Slice of the sorted class names, such as ::2; default all
-    in_memory:bool=None, # Keep pixels in memory? By default if they take at most half of what is free; else they are decoded in each epoch
+    in_memory:bool=None, # Keep pixels in memory? By default if they take at most half of what is free
     cache:str=None, # Folder for a cache of decoded pixels on disk, which the next run starts from
     **kwargs
 )->Images: # Training, validation and test images

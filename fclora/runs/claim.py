@@ -11,11 +11,12 @@ finished run needs no more."""
 __all__ = ['claimed', 'status_of', 'set_aside', 'tidy', 'whole_paths', 'write_options', 'read_options', 'was_stopped', 'is_done',
            'check_same_options', 'gentle_stop']
 
-# %% ../../nbs/72a_claim.ipynb #12650123
+# %% ../../nbs/72a_claim.ipynb #85503b51
 import fcntl,os,shutil,signal,threading
 from contextlib import contextmanager
 from pathlib import Path
 from ..checks import *
+from ..data.shards import *
 from ..files import *
 from .folder import *
 from .prepare import *
@@ -76,7 +77,7 @@ def tidy(
         if o.is_dir(): shutil.rmtree(o)
         else: o.unlink(missing_ok=True)
 
-# %% ../../nbs/72a_claim.ipynb #7ae206a5
+# %% ../../nbs/72a_claim.ipynb #57ba6a51
 _paths = ('data','images','data_root','cache','checkpoint','plan','class_weights') # options that may be files or folders
 
 def whole_paths(
@@ -84,7 +85,8 @@ def whole_paths(
 )->dict:
     "`asked` with files and folders by their whole path"
     def is_path(k, v): return k in _paths and isinstance(v, str) and v not in ('digits','cifar10','cifar100') and Path(v).exists()
-    return {k:str(Path(v).resolve()) if is_path(k, v) else v for k,v in asked.items()}
+    def whole(k, v): return str(Path(v).resolve()) if is_path(k, v) else os.path.abspath(v) if k=='data' and is_shards(v) else v
+    return {k:whole(k, v) for k,v in asked.items()}
 
 def write_options(
     out, # Run folder

@@ -248,13 +248,13 @@ def report(self:Job,
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
-# %% ../../nbs/76_finetune.ipynb #864f46c1
+# %% ../../nbs/76_finetune.ipynb #83cee4af
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
 @delegates(fit_calibration, keep=True, but=['logits','targs','seed'])
 def finetune(
-    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
+    data:str='digits', # digits, cifar10, cifar100, a folder of classes, a CSV of path,label[,split], a dataset, hf:NAME, x-{00..99}.tar
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
     plan:str=None, # Plan file to use instead of scoring
     recipe:str='auto', # What is not given of the training recipe: auto, or paper (fresh head, CutMix always, last epoch)

@@ -89,9 +89,9 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #90b0ba53
+# %% ../../nbs/72_prepare.ipynb #f48b8e5d
 def prepare(
-    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
+    data:str='digits', # digits, cifar10, cifar100, a folder of classes, a CSV of path,label[,split], a dataset, hf:NAME, x-{00..99}.tar
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
