@@ -24,14 +24,15 @@ def cut(file): file.write_bytes(file.read_bytes()[:-len(file.read_bytes())//2])
 
 # --- memory
 
+# `getrusage` would do, but a child inherits its parent's peak there
 peak = '''
-import resource, sys
+import sys
 from fclora.data.sources import load_images
-def peak(): return 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(what): return 1024*next(int(o.split()[1]) for o in open('/proc/self/status') if o.startswith(what))
 load_images(sys.argv[1], 224, progress=False, limit='40,20,20')
-before = peak()
+before = memory('VmRSS')
 images = load_images(sys.argv[1], 224, progress=False, **eval(sys.argv[2]))
-print((peak()-before)/sum(o.numel() if hasattr(o, 'numel') else len(o)*3*224**2 for o,_ in images.splits.values()))
+print((memory('VmHWM')-before)/sum(o.numel() if hasattr(o, 'numel') else len(o)*3*224**2 for o,_ in images.splits.values()))
 '''
 def times(folder, **options):
     "Memory that reading takes at its peak, in a process of its own, in units of the pixels"
