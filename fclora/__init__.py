@@ -22,6 +22,7 @@ Modules:
 - `fclora.calibration.vector`: A factor and an offset for every class, where the validation images show that this helps
 - `fclora.checks`: Read values from a file that anybody may have edited, and say in one line what is wrong with it
 - `fclora.cli`: The `fclora` command: it reads options, and calls a function of the library
+- `fclora.data.cache`: Pixels that are decoded once and kept on disk, for this run and the next one
 - `fclora.data.duplicates`: The same picture twice, to the byte or nearly, and above all in two splits
 - `fclora.data.folders`: One folder a class, directly or in train/, val/ and test/
 - `fclora.data.folds`: Every image once in the test: stratified folds of a data set
@@ -32,6 +33,9 @@ Modules:
 - `fclora.data.mistakes`: A class alone, a class without images, a name that is no text, one file in two places: each is one clear error
 - `fclora.data.named`: Handwritten digits that are there already, and CIFAR from its own site
 - `fclora.data.pixels`: From an image file to what a model takes, the same pixels in training and prediction
+- `fclora.data.reading`: Pixels in memory where they fit, in a cache on disk where one is asked for, and else in their files
+- `fclora.data.rows`: Pixels of many images without a second copy of them: in memory, or in a file on disk
+- `fclora.data.shards`: Images in tar files, as WebDataset writes them
 - `fclora.data.sources`: A folder, a table of labels, a dataset or a name, every image checked before hours are spent
 - `fclora.data.walk`: The files below a folder, whatever links lie in between, and every real one once
 - `fclora.deploy.bank`: Several runs on one base, each image of a batch answered by the run that it names
@@ -97,6 +101,7 @@ Modules:
 - `fclora.studies.answers`: Rows of a comparison against uniform ranks: means, paired differences with Student's interval, and a picture
 - `fclora.studies.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
 - `fclora.studies.contenders`: Fair timing on a busy machine, and every way to train a transformer that FC-LoRA is compared with
+- `fclora.studies.large`: What listing, looking, splitting and reading labels take, before anything is trained
 - `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from

@@ -30,10 +30,10 @@ def option_kind(
     if p.annotation is bool: return {False:'on', True:'off', None:'either'}[p.default]
     return 'value'
 
-# %% ../nbs/89_options.ipynb #0f03bea1
+# %% ../nbs/89_options.ipynb #30dffb4a
 themes = {
-    'Data': 'images label_column multi_label data_root fold valid_pct test_pct classes limit skip_bad no_flip flip batch_size num_workers '
-            'labels most',
+    'Data': 'images label_column multi_label data_root fold valid_pct test_pct classes limit skip_bad in_memory cache no_flip flip '
+            'batch_size num_workers labels most',
     'Model': 'model models checkpoint pretrained one_head size arch',
     'Ranks and adapters': 'method methods plan budget unit lo hi kinds include from_block allocator adapter init lora_alpha scaling '
                           'rslora dropout rank parts',

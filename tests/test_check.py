@@ -74,12 +74,12 @@ def test_a_copy_in_another_format_is_near(folder):
 
 def test_files_that_are_not_in_memory_and_datasets_are_compared_too(folder):
     (folder/'test/a/again.png').write_bytes((folder/'train/a/00.png').read_bytes())
-    lazy = load_images(folder, 64, cache_gb=0, progress=False)
+    lazy = load_images(folder, 64, in_memory=False, progress=False)
     assert isinstance(lazy.train[0], list) and [[k for k,_ in g] for g in exact_groups(lazy)] in ([['train','test']], [['valid','test']])
     ds = datasets.Dataset.from_dict(dict(image=[spots(i%7) for i in range(14)], label=['a','b']*7),
                                     datasets.Features(image=datasets.Image(), label=datasets.Value('string')))
     ds.save_to_disk(folder.parent/'ds')
-    assert len(exact_groups(load_images(folder.parent/'ds', 64, cache_gb=0, progress=False)))==7
+    assert len(exact_groups(load_images(folder.parent/'ds', 64, in_memory=False, progress=False)))==7
     assert len(look(folder.parent/'ds')['exact'])==7
 
 def test_nothing_wrong_is_said_to_be_nothing(folder, capsys):

@@ -261,7 +261,7 @@ def folder(request, tmp_path):
     make(tmp_path, n=8); return make(tmp_path, n=4, size=(50,70), seed=7)
 
 def test_lazy_equals_cached_equals_load_batch(folder):
-    cached,lazy = quiet(folder, size=32),quiet(folder, size=32, cache_gb=1e-6)
+    cached,lazy = quiet(folder, size=32),quiet(folder, size=32, in_memory=False)
     assert isinstance(cached.train[0], Tensor) and isinstance(lazy.train[0], list) and 'on the fly' in repr(lazy)
     a,b,c = [get_dls(o, 32, mean, std, bs=4, device='cpu', num_workers=w) for o,w in ((cached,0), (lazy,0), (lazy,2))]
     for i in range(3):
@@ -355,7 +355,7 @@ def test_fastai_learner(tmp_path):
     import matplotlib; matplotlib.use('agg')
     from fastai.vision.all import ClassificationInterpretation, Learner, CrossEntropyLossFlat, accuracy
     for lazy in (False, True):
-        images = quiet(make(tmp_path, n=12), cache_gb=1e-6 if lazy else 4)
+        images = quiet(make(tmp_path, n=12), in_memory=not lazy)
         dls = get_dls(images, 20, mean, std, bs=4, device='cpu')
         assert dls.c==2 and list(dls.vocab)==['ant','bee']
         learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(1200, 2)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
@@ -379,7 +379,7 @@ def test_fastai_learner(tmp_path):
         matplotlib.pyplot.close('all')
 
 def test_vanished_file_is_named(tmp_path):
-    images = quiet(make(tmp_path), cache_gb=1e-6)
+    images = quiet(make(tmp_path), in_memory=False)
     images.valid[0][0].unlink()
     with pytest.raises(OSError, match='cannot read .*No such file'): list(get_dls(images, 20, mean, std, bs=4, device='cpu').valid)
 

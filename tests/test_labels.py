@@ -157,7 +157,7 @@ def test_a_dataset_without_splits_with_text_and_one_label_missing(tmp_path):
 
 def test_pictures_too_many_for_the_memory_stay_in_the_dataset(tmp_path):
     dataset([0,1]*8).save_to_disk(tmp_path/'d')
-    few,all_ = quiet(tmp_path/'d', 12, cache_gb=0),quiet(tmp_path/'d', 12)
+    few,all_ = quiet(tmp_path/'d', 12, in_memory=False),quiet(tmp_path/'d', 12)
     args = dict(size=12, mean=(.5,)*3, std=(.2,)*3, bs=4, device='cpu')
     for dl in (0,1,2): assert torch.equal(next(iter(get_dls(few, **args)[dl]))[0], next(iter(get_dls(all_, **args)[dl]))[0])
 

@@ -89,7 +89,7 @@ def third_party(path):
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
     base = names(cfg['requirements'].split())
-    user,dev = [base|names(r for k in ks for r in extras[k]) for ks in (('peft','bench','onnx','demo','tune','datasets','tensorboard','wandb','mlflow'), extras)]
+    user,dev = [base|names(r for k in ks for r in extras[k]) for ks in (('peft','bench','onnx','demo','tune','datasets','webdataset','tensorboard','wandb','mlflow'), extras)]
     used = {p:third_party(p) for p in modules}
     undeclared = {f'{p.relative_to(root)}: {o}' for p,(top,inner) in used.items()
                   for o in (top-base)|(inner-(dev if p.parent.name=='studies' else user))}

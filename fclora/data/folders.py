@@ -35,12 +35,13 @@ def find_splits(
         raise ValueError(f"{path} has {name_some([f'{o}/' for o in found.values()])} but no train/ of class folders")
     return {k:class_files(path/name) for k,name in found.items()}
 
-# %% ../../nbs/41d_folders.ipynb #be91ef1c
+# %% ../../nbs/41d_folders.ipynb #0375dc80
 def list_files(
     splits:dict # {split: {class: files}}
 )->tuple: # (files, class numbers in the order of train, {split: row numbers})
     "Files of all splits in one list"
     numbers = {c:i for i,c in enumerate(splits['train'])}
-    table = [(k,numbers[c],f) for k,classes in splits.items() for c,fs in classes.items() for f in fs]
-    rows = {k:np.flatnonzero([o==k for o,_,_ in table]) for k in splits}
-    return [f for _,_,f in table],[c for _,c,_ in table],rows
+    files = [f for classes in splits.values() for fs in classes.values() for f in fs]
+    targs = [numbers[c] for classes in splits.values() for c,fs in classes.items() for _ in fs]
+    ends = np.cumsum([sum(map(len, classes.values())) for classes in splits.values()])
+    return files,targs,dict(zip(splits, np.split(np.arange(len(files)), ends[:-1])))

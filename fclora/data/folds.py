@@ -9,9 +9,10 @@ by a model that has not seen it. The command `fclora folds` does so."""
 # %% auto #0
 __all__ = ['parse_fold', 'fold_rows', 'pool_images', 'take_fold', 'fold_names']
 
-# %% ../../nbs/40b_folds.ipynb #89c778d8
+# %% ../../nbs/40b_folds.ipynb #29ba6534
 from dataclasses import replace
 import numpy as np, torch
+from .rows import *
 from .images import *
 
 # %% ../../nbs/40b_folds.ipynb #8dfe9f3e
@@ -24,7 +25,7 @@ def parse_fold(
     if not 1<=i<=k or k<2: raise ValueError(f'a fold is written such as 2/5, the second of five, got {fold!r}')
     return i,k
 
-# %% ../../nbs/40b_folds.ipynb #d4c1cd0a
+# %% ../../nbs/40b_folds.ipynb #9a775d85
 def fold_rows(
     targs, # (n,) class of each image
     fold:str, # As for `parse_fold`
@@ -46,8 +47,7 @@ def pool_images(
     "What the folds are made of"
     splits = [k for k in ('train','valid','test') if k!='test' or 'test' in images.made]
     items,targs = zip(*[images.splits[k] for k in splits])
-    items = torch.cat(items) if isinstance(items[0], torch.Tensor) else sum(items, [])
-    return items,torch.cat(targs),images.files and [f for k in splits for f in images.files[k]]
+    return join_items(items),torch.cat(targs),images.files and [f for k in splits for f in images.files[k]]
 
 def take_fold(
     images:Images, # Left as they are
@@ -58,9 +58,8 @@ def take_fold(
     "Test on one fold and train on the others; a test set of its own stays out"
     items,targs,files = pool_images(images)
     rows = fold_rows(targs, fold, valid_pct, seed)
-    def take(what, o): return what[o] if isinstance(what, torch.Tensor) else [what[i] for i in o]
-    splits = {k:(take(items, o),targs[o]) for k,o in rows.items()}
-    return replace(images, **splits, files=files and {k:take(files, o) for k,o in rows.items()},
+    splits = {k:(take_items(items, o),targs[o]) for k,o in rows.items()}
+    return replace(images, **splits, files=files and {k:take_items(files, o) for k,o in rows.items()},
                    notes=[f'fold {fold} is the test'], made=['valid','test'])
 
 def fold_names(

@@ -65,7 +65,7 @@ def label_text(
     if value is None or value==-1: return ''
     return feature.int2str(value) if hasattr(feature, 'int2str') else str(value).strip()
 
-# %% ../../nbs/41b_hf.ipynb #120e5cf1
+# %% ../../nbs/41b_hf.ipynb #cd2a880a
 class StoredImage:
     "A picture in a dataset, opened by calling it"
     def __init__(self,
@@ -74,9 +74,16 @@ class StoredImage:
         i:int, # Row
         split:str # Name of the split, to be shown
     ): self.ds,self.column,self.i,self.split = ds,column,i,split
-    def __call__(self):
+    def read(self,
+        last:int=0 # Bytes; 0: all
+    )->bytes:
+        "The file that it was, or the end of it"
         stored = self.ds[self.i][self.column]
-        return Image.open(BytesIO(stored['bytes']) if stored['bytes'] else stored['path'])
+        return (stored['bytes'] or Path(stored['path']).read_bytes())[-last:]
+    def mark(self)->tuple:
+        "What tells whether it is still the same"
+        return self.ds._fingerprint,self.column,self.i
+    def __call__(self): return Image.open(BytesIO(self.read()))
     def __repr__(self): return f'row {self.i} of {self.split}'
 
 def dataset_rows(

@@ -10,10 +10,11 @@ keeps only a part of each split when `limit` says so."""
 __all__ = ['held_counts', 'stratified_split', 'Images', 'class_counts', 'split_rows', 'parse_limit', 'limit_shares',
            'limit_classes', 'limit_splits', 'parse_slice', 'pick_classes', 'limit_rows', 'rarest_label', 'split_images']
 
-# %% ../../nbs/40_images.ipynb #33c56934
+# %% ../../nbs/40_images.ipynb #df73cb7d
 import numpy as np, torch
 from dataclasses import dataclass, field
 from torch import Tensor
+from .rows import *
 
 # %% ../../nbs/40_images.ipynb #965c88a6
 def held_counts(
@@ -45,13 +46,13 @@ def stratified_split(
         held[rows[:n]] = True
     return np.flatnonzero(~held),np.flatnonzero(held)
 
-# %% ../../nbs/40_images.ipynb #b38fa274
+# %% ../../nbs/40_images.ipynb #d487f0fb
 @dataclass(eq=False, repr=False)
 class Images:
     "A data set in three splits, each `(items, targs)`"
     name:str # What the data set is called
     vocab:list # Class names, in the order of the targets
-    train:tuple # uint8 (n, 3, s, s) or a list of n paths, and int64 (n,)
+    train:tuple # uint8 (n, 3, s, s), `Rows` of such pixels on disk, or a list of n paths; and int64 (n,)
     valid:tuple # The same, for temperature and every choice
     test:tuple # The same, used once at the end
     flip:bool=True # Is a mirrored image still the same class?
@@ -60,12 +61,13 @@ class Images:
     resized:tuple=None # (size, interpolation) when pixels were resized while reading
     files:dict=None # {split: where each of its images is from}, when they are from files
     made:list=field(default_factory=list) # Splits that were taken from others
+    skip_bad:bool=False # Go on without files that turn out to be unreadable later?
     @property
     def splits(self): return dict(train=self.train, valid=self.valid, test=self.test)
     def __repr__(self):
         sizes = {k:len(targs) for k,(_,targs) in self.splits.items()}
         items = self.train[0]
-        pixels = f'{items.shape[-1]} px' if isinstance(items, Tensor) else 'decoded on the fly'
+        pixels = f'{items.shape[-1]} px' if isinstance(items, (Tensor,Rows)) else 'decoded on the fly'
         res = f'{self.name}: {sum(sizes.values()):,} images, {len(self.vocab)} classes, {pixels}; '
         return '; '.join([res + ', '.join(f'{k} {n:,}' for k,n in sizes.items()), *self.notes])
 
@@ -176,7 +178,7 @@ def limit_rows(
     limited = limit_splits(splits, limit, seed)
     return {k:np.sort(np.concatenate(list(cs.values()), dtype=int, casting='unsafe')) for k,cs in limited.items()}
 
-# %% ../../nbs/40_images.ipynb #aefc63e4
+# %% ../../nbs/40_images.ipynb #ba0f2311
 def rarest_label(
     targs:np.ndarray, # (n, c) zeros and ones
     least:int=8 # Items that a group has at least; others go to the largest one
@@ -191,7 +193,7 @@ def rarest_label(
 def split_images(
     name:str, # Data set name
     vocab:list, # Class names
-    items, # uint8 (n, 3, s, s), or a list of n paths
+    items, # As for `split_items`: pixels in memory are sorted in place
     targs, # (n,) class of each item; or (n, c) zeros and ones, where an item has several labels or none
     rows:dict, # Row numbers of 'train', and of 'valid' and 'test' where the data set has them
     valid_pct:float=.2, # Share of training rows for validation, when there are none
@@ -209,9 +211,7 @@ def split_images(
         rows = limit_rows(groups, rows, limit, seed)
         valid_pct,test_pct = limit_shares(limit)
     rows = split_rows(groups, rows, valid_pct, test_pct, seed)
-    res = {}
-    for k in ('train','valid','test'):
-        some = items[rows[k]] if isinstance(items, Tensor) else [items[i] for i in rows[k]]
-        res[k] = some,torch.as_tensor(targs[rows[k]], dtype=torch.int64)
+    rows = {k:rows[k] for k in ('train','valid','test')}
+    res = {k:(some,torch.as_tensor(targs[rows[k]], dtype=torch.int64)) for k,some in split_items(items, rows).items()}
     files = files and {k:[files[i] for i in o] for k,o in rows.items()}
     return Images(name, vocab, **res, files=files, made=made, **kwargs)

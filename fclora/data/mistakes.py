@@ -55,18 +55,20 @@ def check_vocab(
     if odd := [ascii(o) for o in classes if not is_text(o)]:
         raise ValueError(f'classes of {path} have names with control characters, or that are not UTF-8: {name_some(odd)}; rename them')
 
-# %% ../../nbs/41e_mistakes.ipynb #238f3e44
+# %% ../../nbs/41e_mistakes.ipynb #262d56bf
 def each_once(
     splits:dict # {split: {class: files}}
 )->dict: # The same without second names of a file
     "Take every real file once; one that stands under two classes, or in two splits, is an error"
-    places = {} # {file: its split, class and path}
+    places,kept = {},{k:{c:[] for c in classes} for k,classes in splits.items()} # {file: its split, class and path}
     for k,classes in splits.items():
         for c,fs in classes.items():
             for f in fs:
                 key = file_key(f) if isinstance(f, Path) else f
                 split,label,other = places.setdefault(key, (k,c,f))
+                if other is f:
+                    kept[k][c].append(f)
+                    continue
                 if label!=c: raise ValueError(f"{f} and {other} are one file, under two classes: '{c}' and '{label}'")
                 if split!=k: raise ValueError(f'{f} and {other} are one file, and so in both {k} and {split}')
-    kept = {f for _,_,f in places.values()}
-    return {k:{c:[f for f in fs if f in kept] for c,fs in classes.items()} for k,classes in splits.items()}
+    return kept

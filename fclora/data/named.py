@@ -34,7 +34,7 @@ def digits_images(
     if test_pct is None: test_pct = .4
     return split_images('digits', vocab, x, digits.target, rows, valid_pct, test_pct, seed, limit, flip=False)
 
-# %% ../../nbs/41c_named.ipynb #8c41b0ac
+# %% ../../nbs/41c_named.ipynb #02ff77c4
 def cifar_images(
     name:str, # 'cifar10' or 'cifar100'
     valid_pct:float=.2, # Share of the official training set for validation
@@ -49,6 +49,8 @@ def cifar_images(
     except (OSError, RuntimeError) as e:
         raise ConnectionError(f'cannot get {name} from {source.url} ({why_unreadable(e)}): place {source.filename} in {root}, '
                               'or use `digits` or a folder of images') from e
-    x = torch.as_tensor(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2).contiguous()
+    sizes = [len(train.data),len(test.data)]
+    x = torch.empty(sum(sizes), 3, 32, 32, dtype=torch.uint8) # filled at once: each step between would be a copy of all
+    for part,data in zip(x.split(sizes), (train.data,test.data)): part.copy_(torch.as_tensor(data).permute(0, 3, 1, 2))
     rows = dict(train=np.arange(len(train.data)), test=np.arange(len(train.data), len(x)))
     return split_images(name, train.classes, x, train.targets+test.targets, rows, valid_pct, seed=seed, limit=limit)

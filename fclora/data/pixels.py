@@ -8,8 +8,8 @@ files. Nothing here imports fastai, so that prediction starts quickly."""
 
 # %% auto #0
 __all__ = ['program_formats', 'to_8bit', 'float_to_8bit', 'on_white', 'as_rgb', 'picture_formats', 'check_picture', 'read_image',
-           'to_square', 'square_resize', 'to_input', 'why_unreadable', 'decode', 'image_suffixes', 'image_files',
-           'name_some', 'in_threads', 'load_batch']
+           'to_square', 'square_resize', 'to_input', 'why_unreadable', 'decode', 'header', 'image_suffixes',
+           'image_files', 'name_some', 'in_threads', 'load_batch']
 
 # %% ../../nbs/41_pixels.ipynb #88275482
 import os, warnings, numpy as np, torch
@@ -142,6 +142,19 @@ def decode(
     if size and x.shape[-1]>size: x = square_resize(x, size, interpolation)
     return x,None
 
+# %% ../../nbs/41_pixels.ipynb #58f13d12
+def header(
+    path # Image file, or a function that opens one
+)->tuple: # (side in pixels, None), or (None, reason)
+    "Side of the centre square of one file, from its header alone, or why it cannot be read"
+    try:
+        if not callable(path) and not os.path.getsize(path): raise OSError('empty')
+        if not callable(path) and not os.path.isfile(path): raise OSError('not a file')
+        with path() if callable(path) else Image.open(path, formats=picture_formats()) as img:
+            check_picture(img)
+            return min(img.size),None
+    except Exception as e: return None,why_unreadable(e)
+
 # %% ../../nbs/41_pixels.ipynb #d862f46a
 def image_suffixes(
 )->set: # Such as `.png`
@@ -168,15 +181,19 @@ def name_some(
     more = f' and {len(items)-n} more' if len(items)>n else ''
     return ', '.join(map(str, items[:n])) + more
 
-# %% ../../nbs/41_pixels.ipynb #f4891197
+# %% ../../nbs/41_pixels.ipynb #3d3cdd4a
 def in_threads(
     f, # Called with each item
-    items # What to call it with
+    items, # What to call it with
+    each:int=1 # Items that a thread takes at a time; more where `f` is quick
 ):
-    "Results of `f` in order, computed in threads, a few hundred ahead"
+    "Results of `f` in order, computed in threads, 256 turns ahead"
     items = iter(items)
+    turns = iter(lambda: list(islice(items, each)), [])
+    def turn(some): return [f(o) for o in some]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while some := list(islice(items, 256)): yield from pool.map(f, some)
+        while some := list(islice(turns, 256)):
+            for done in pool.map(turn, some): yield from done
 
 # %% ../../nbs/41_pixels.ipynb #f557af49
 def load_batch(

@@ -22,7 +22,7 @@ def file_key(
     except OSError: return str(path)
     return (o.st_dev,o.st_ino) if o.st_ino else os.path.realpath(path)
 
-# %% ../../nbs/40a_walk.ipynb #1aa68999
+# %% ../../nbs/40a_walk.ipynb #4798914a
 def _is_folder(entry):
     try: return entry.is_dir()
     except OSError: return False # a link to itself
@@ -31,15 +31,15 @@ def walk_files(
     path # Folder
 )->list: # Paths, sorted
     "The files at any depth below a folder; hidden files and folders are left out, and no folder is entered twice"
-    todo,seen,res = [(str(path), {file_key(o) for o in Path(path).resolve().parents})],set(),[]
-    while todo:
-        folder,above = todo.pop()
+    seen,res = set(),[]
+    def enter(folder, above):
         key = file_key(folder)
         if key in above: raise ValueError(f'{folder} is a link to a folder above it, so that its files never end: remove the link')
-        if key in seen: continue
+        if key in seen: return
         seen.add(key)
-        for o in sorted(os.scandir(folder), key=lambda o: o.name, reverse=True):
+        for o in sorted(os.scandir(folder), key=lambda o: o.name): # a sort of a million paths at the end would take longer than all else
             if o.name[0]=='.': continue
-            if _is_folder(o): todo.append((o.path, above|{key}))
+            if _is_folder(o): enter(o.path, above|{key})
             else: res.append(Path(o.path))
-    return sorted(res)
+    enter(str(path), {file_key(o) for o in Path(path).resolve().parents})
+    return res

@@ -53,7 +53,7 @@ def pair_findings(
         res.append(dict(places=g, names=names, labels=labels, leak=leak, clash=len(set(labels))>1))
     return sorted(res, key=lambda o: -o['leak']-o['clash'])
 
-# %% ../../nbs/88_check.ipynb #2ad3f854
+# %% ../../nbs/88_check.ipynb #af970dad
 def near_groups(
     images:Images, # From `load_images`
     exact:list # Groups of places that are the same to the byte, which are left out
@@ -74,7 +74,7 @@ def label_findings(
     train = dls.train.new(shuffle=False, drop_last=False)
     found = [head_features(model, dl, 'features' if progress else '') for dl in (train, dls.valid, dls[2])]
     X,targs = (torch.cat(o) for o in zip(*found))
-    places = [(k,i) for k,(items,_) in images.splits.items() for i in range(len(items))]
+    places = [(k,i) for k,dl in zip(images.splits, dls) for i in range(len(dl.dataset)) if i not in dl.dataset.skipped]
     return [dict(places=[places[i]], names=[place_name(images, places[i])], label=images.vocab[targs[i]], suggested=images.vocab[said],
                  probability=p) for i,said,p in suspects(held_out_probs(X, targs, len(images.vocab)), targs)]
 

@@ -11,11 +11,12 @@ finished run needs no more."""
 __all__ = ['claimed', 'status_of', 'set_aside', 'tidy', 'whole_paths', 'write_options', 'read_options', 'was_stopped', 'is_done',
            'check_same_options', 'gentle_stop']
 
-# %% ../../nbs/72a_claim.ipynb #12650123
+# %% ../../nbs/72a_claim.ipynb #85503b51
 import fcntl,os,shutil,signal,threading
 from contextlib import contextmanager
 from pathlib import Path
 from ..checks import *
+from ..data.shards import *
 from ..files import *
 from .folder import *
 from .prepare import *
@@ -76,15 +77,16 @@ def tidy(
         if o.is_dir(): shutil.rmtree(o)
         else: o.unlink(missing_ok=True)
 
-# %% ../../nbs/72a_claim.ipynb #8b9390d9
-_paths = ('data','images','data_root','checkpoint','plan','class_weights') # options that may be files or folders
+# %% ../../nbs/72a_claim.ipynb #57ba6a51
+_paths = ('data','images','data_root','cache','checkpoint','plan','class_weights') # options that may be files or folders
 
 def whole_paths(
     asked:dict # Options
 )->dict:
     "`asked` with files and folders by their whole path"
     def is_path(k, v): return k in _paths and isinstance(v, str) and v not in ('digits','cifar10','cifar100') and Path(v).exists()
-    return {k:str(Path(v).resolve()) if is_path(k, v) else v for k,v in asked.items()}
+    def whole(k, v): return str(Path(v).resolve()) if is_path(k, v) else os.path.abspath(v) if k=='data' and is_shards(v) else v
+    return {k:whole(k, v) for k,v in asked.items()}
 
 def write_options(
     out, # Run folder
@@ -100,7 +102,7 @@ def read_options(
     file = Path(out)/'options.json'
     return read_json(file, 'file of options') if file.is_file() else {}
 
-_may_change = ('device','num_workers','save_minutes','log')
+_may_change = ('device','num_workers','save_minutes','log','skip_bad','in_memory','cache')
 
 def was_stopped(
     out # Run folder, or None

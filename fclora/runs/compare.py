@@ -88,7 +88,7 @@ def check_row(
     recipe_for(method, options)
     check_asked(data, method, options)
 
-# %% ../../nbs/77_compare.ipynb #71a38d6f
+# %% ../../nbs/77_compare.ipynb #1f02e851
 def check_settings_file(
     out:Path, # Folder of the comparison
     settings:dict, # What all its runs share
@@ -96,7 +96,7 @@ def check_settings_file(
 ):
     "Write down what all runs in `out` share; on resuming raise when it is not the same"
     file = out/'settings.json'
-    settings = {k:v for k,v in settings.items() if v is not None and k not in ('quiet','device','num_workers')}
+    settings = {k:v for k,v in settings.items() if v is not None and k not in ('quiet','device','num_workers','in_memory','cache')}
     if resume and file.is_file() and (old := read_json(file, 'file of settings'))!=settings:
         differ = sorted(k for k in {*old,*settings} if old.get(k)!=settings.get(k))
         raise ValueError(f"the runs in {out} were made with other settings ({', '.join(differ)}); give the same, or another --out")

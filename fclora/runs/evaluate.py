@@ -8,11 +8,12 @@ with or on images from elsewhere. `images_to_test` finds them."""
 # %% auto #0
 __all__ = ['check_same_classes', 'all_images', 'images_to_test', 'evaluation_rows', 'evaluate']
 
-# %% ../../nbs/79_evaluate.ipynb #138085ab
+# %% ../../nbs/79_evaluate.ipynb #8c460023
 import torch
 from ..files import *
 from ..outputs import *
 from ..ranges import *
+from ..data.rows import *
 from ..data.images import *
 from ..data.folds import *
 from ..data.sources import *
@@ -36,13 +37,13 @@ def check_same_classes(
     only_data,only_run = sorted(set(vocab)-set(classes))[:5],sorted(set(classes)-set(vocab))[:5]
     raise ValueError(f'the classes differ from those of the run: only in the data {only_data}, only in the run {only_run}')
 
-# %% ../../nbs/79_evaluate.ipynb #d9150a1e
+# %% ../../nbs/79_evaluate.ipynb #59dd515d
 def all_images(
     images:Images # Changed in place: all splits become the test images
 )->Images: # `images`
     "Test on every image, where there is no test set of its own"
     items,targs = zip(images.train, images.valid, images.test)
-    images.test = torch.cat(items) if isinstance(items[0], torch.Tensor) else sum(items, []),torch.cat(targs)
+    images.test = join_items(items),torch.cat(targs)
     if images.files: images.files['test'] = sum((images.files[k] for k in images.splits), [])
     return images
 

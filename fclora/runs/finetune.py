@@ -9,17 +9,19 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #9fd0e96a
+# %% ../../nbs/76_finetune.ipynb #ea133806
 import sys,time,warnings
 from pathlib import Path
-from contextlib import ExitStack
+from contextlib import ExitStack,contextmanager
 from dataclasses import replace
 import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..adapt import *
 from ..files import *
+from ..data.pixels import *
 from ..data.sources import *
+from ..data.loaders import *
 from ..plan import *
 from ..presets import *
 from ..planning import *
@@ -131,16 +133,26 @@ def settle(self:Job,
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
-# %% ../../nbs/76_finetune.ipynb #6309f352
+# %% ../../nbs/76_finetune.ipynb #340474b8
 @patch
 def begin(self:Job,
     plan:Plan=None # None for head and full
 ):
     "Take the folder: a run that goes on is left as it is, another one is set aside"
-    if self.goes_on: return
+    if self.goes_on or self.begun: return
     set_aside(self.out)
     write_options(self.out, self.asked)
     if plan: plan.save(self.out/'checkpoints/plan.json')
+    self.begun = True
+
+@patch
+@contextmanager
+def kept(self:Job):
+    "In this block an image that turns out to be unreadable ends the run with all that it needs to go on"
+    try: yield
+    except BrokenImage as e:
+        self.begin()
+        raise BrokenImage(f'{e}; what was done is kept, and fclora resume {self.out} goes on') from None
 
 @patch
 def train(self:Job,
@@ -161,8 +173,12 @@ def train(self:Job,
     epochs = KeepEpochs(keep)
     with self.step('train'), gentle_stop() as stop, ExitStack() as silence:
         for o in () if bars else (learn.no_bar(), learn.no_logging()): silence.enter_context(o)
-        with learn.added_cbs([epochs, *best, Checkpoints(self.out/'checkpoints', self.save_minutes, stop)]):
-            learn.fit_recipe(time.perf_counter()-self.began, len(learn.dls.valid)+len(learn.dls[2]), self.say)
+        points = Checkpoints(self.out/'checkpoints', self.save_minutes, stop)
+        with learn.added_cbs([epochs, *best, points]):
+            try: learn.fit_recipe(time.perf_counter()-self.began, len(learn.dls.valid)+len(learn.dls[2]), self.say)
+            except BrokenImage:
+                points.keep_place()
+                raise
     self.history = epochs.history()
     for cb in best: self.settle(learn, cb, before)
 
@@ -203,7 +219,7 @@ def measurements(self:Job,
         peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
-# %% ../../nbs/76_finetune.ipynb #c3078cd4
+# %% ../../nbs/76_finetune.ipynb #9ec0d332
 @patch
 def evaluate(self:Job,
     learn, # Trained
@@ -213,8 +229,11 @@ def evaluate(self:Job,
     "One look at the test images"
     with self.step('evaluate'): logits,targs = self.logits(learn, learn.dls[2], 'testing')
     metrics = self.measurements(learn, measure_task(logits, targs, calibration))
+    bad = [f'cannot read {f}: {why}' for f,why in images.skipped] + [why for dl in learn.dls for why in dl.dataset.skipped.values()]
+    if bad: metrics['skipped'] = bad
     run = self.save(learn, 'done', calibration, metrics)
-    return replace(run, logits=logits, targs=targs, images=images.test[0])
+    if bad: self.say(f'{len(bad)} images were skipped (metrics.json lists them): {name_some(bad)}')
+    return replace(run, logits=logits, targs=targs, images=learn.dls[2].dataset.readable())
 
 # %% ../../nbs/76_finetune.ipynb #aba3cabb
 @patch
@@ -230,13 +249,13 @@ def report(self:Job,
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
-# %% ../../nbs/76_finetune.ipynb #44f2d91f
+# %% ../../nbs/76_finetune.ipynb #83cee4af
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
 @delegates(fit_calibration, keep=True, but=['logits','targs','seed'])
 def finetune(
-    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
+    data:str='digits', # digits, cifar10, cifar100, a folder of classes, a CSV of path,label[,split], a dataset, hf:NAME, x-{00..99}.tar
     method:str='fclora', # fclora, uniform, head (linear probe), full (fine-tuning), or another that fclora systems lists
     plan:str=None, # Plan file to use instead of scoring
     recipe:str='auto', # What is not given of the training recipe: auto, or paper (fresh head, CutMix always, last epoch)
@@ -258,7 +277,7 @@ def finetune(
         with claimed(out): return load_run(out, kwargs.get('checkpoint'))
     options = dict(recipe=recipe, checkpointing=checkpointing, compile=compile, probe=probe, **kwargs)
     job = new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out), save_minutes, log, **options)
-    with claimed(job.out), job.track:
+    with claimed(job.out), job.track, job.kept():
         images,dls,model = job.load()
         job.first_look(dls, model, probe)
         learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)

@@ -25,7 +25,7 @@ from ..data.sources import *
 from .asked import *
 from ..calibration.calibrator import *
 
-# %% ../../nbs/75a_job.ipynb #475d5bd7
+# %% ../../nbs/75a_job.ipynb #e051d92a
 @dataclass
 class Job:
     "A fine-tuning as it was asked for, with its clock and its folder"
@@ -45,6 +45,7 @@ class Job:
     measured:dict=field(default_factory=dict) # probe, valid and epoch_kept, when they are known
     asked:dict=field(default_factory=dict) # Every option as it was given
     goes_on:bool=False # Was it stopped before?
+    begun:bool=False # Has its folder been taken?
     track:Trackers=field(default_factory=Trackers) # Tools that the run is logged to
     save_minutes:float=0 # Between checkpoints within an epoch
 

@@ -89,9 +89,9 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #fd3b3d39
+# %% ../../nbs/72_prepare.ipynb #f48b8e5d
 def prepare(
-    data:str='digits', # digits, cifar10, cifar100, a folder of class folders, a CSV of path,label[,split], a saved dataset, or hf:NAME
+    data:str='digits', # digits, cifar10, cifar100, a folder of classes, a CSV of path,label[,split], a dataset, hf:NAME, x-{00..99}.tar
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
     checkpoint:str=None, # Local weights of the backbone (safetensors or .pth) instead of timm's
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
@@ -102,8 +102,10 @@ def prepare(
     test_pct:float=None, # Share of all images for the test, unless there is a test set; .2, for digits .4
     data_root:str=None, # Where CIFAR is, or is downloaded to
     skip_bad:bool=False, # Go on without unreadable images
+    in_memory:bool=None, # Keep pixels in memory; by default if they take at most half of what is free, else they are decoded in every epoch
+    cache:str=None, # Folder for decoded pixels on disk, from which later runs start at once
     no_flip:bool=False, # Never mirror training images; digits never are
-    num_workers:int=0, # Processes that decode images when they do not fit in memory
+    num_workers:int=None, # Processes that decode images when they do not fit in memory; one a core up to 8 by default
     device:str=None, # cpu, cuda, ...; the GPU if there is one
     seed:int=0, # Of the split, the head, the adapters, the batches
     bs:int=32, # Batch size
@@ -120,7 +122,8 @@ def prepare(
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
-    images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    images = load_images(data, **pretrained_input(name, size), data_root=data_root, in_memory=in_memory, cache=cache,
+                         progress=not quiet, **split)
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)

@@ -14,12 +14,14 @@ from .run import *
 from .claim import *
 from .finetune import *
 
-# %% ../../nbs/76a_resume.ipynb #c37c9942
+# %% ../../nbs/76a_resume.ipynb #d3d6590c
 def resume(
     run:str, # Folder of a run that was stopped
+    skip_bad:bool=False, # Go on without unreadable images
     quiet:bool=False # Print only the result
 )->Run:
     "Go on with a run that was stopped, from its last checkpoint"
     if is_done(run) and not was_stopped(run): raise ValueError(f'{run} went to its end; there is nothing to go on with')
     if not was_stopped(run): raise ValueError(f'there is no run in {run} that was stopped')
-    return finetune(**read_options(run), out=run, resume=True, quiet=quiet)
+    asked = read_options(run)
+    return finetune(**{**asked, 'skip_bad':skip_bad or asked.get('skip_bad', False)}, out=run, resume=True, quiet=quiet)

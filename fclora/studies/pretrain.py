@@ -11,7 +11,7 @@ was made, and makes one for other images."""
 __all__ = ['vit_tiny32', 'random_crop_flip', 'read_classes', 'cosine_warmup', 'train_step', 'top_k_accuracy', 'save_weights',
            'patches_left_out', 'pretrain']
 
-# %% ../../nbs/studies/05_pretrain.ipynb #91a232ea
+# %% ../../nbs/studies/05_pretrain.ipynb #ed9be026
 import time
 from pathlib import Path
 import numpy as np, timm, torch
@@ -29,6 +29,7 @@ from ..ranges import *
 from ..data.images import *
 from ..data.folders import *
 from ..data.pixels import *
+from ..data.reading import *
 from ..data.sources import *
 from ..backbones import *
 
@@ -56,7 +57,7 @@ def random_crop_flip(
     image,channel = torch.arange(b, device=d)[:,None,None,None],torch.arange(3, device=d)[:,None,None]
     return padded[image, channel, rows[:,None,:,None], cols[:,None,None,:]]
 
-# %% ../../nbs/studies/05_pretrain.ipynb #91f8eed2
+# %% ../../nbs/studies/05_pretrain.ipynb #4fb0c6c3
 def read_classes(
     path, # Folder of class folders
     size:int, # Side in pixels
@@ -68,10 +69,10 @@ def read_classes(
     found = class_files(Path(path))
     names = pick_classes(list(found), classes)
     files = [f for c in names for f in found[c]]
-    pixels,bad = decode_all(files, size, cache_gb=1e9, progress=progress)
+    pixels,bad = to_memory(files, size, size, progress=progress)
     if bad: raise ValueError(f'{len(bad)} of {len(files)} images in {path} cannot be read, such as {bad[0][0]} ({bad[0][1]})')
     targs = torch.tensor([i for i,c in enumerate(names) for _ in found[c]])
-    return torch.stack([square_resize(o, size) for o in pixels]),targs,names
+    return pixels,targs,names
 
 # %% ../../nbs/studies/05_pretrain.ipynb #710c86f1
 def _splits(data, size, classes, device, quiet):

@@ -210,7 +210,7 @@ def all_batches(self:FCLoRALearner):
         if i>=skip: self.one_batch(i, b)
         elif i==skip-1: set_random_state(self.random_then)
 
-# %% ../../nbs/53a_checkpoint.ipynb #95bfd83b
+# %% ../../nbs/53a_checkpoint.ipynb #60dffabb
 class Checkpoints(Callback):
     "Write checkpoints while a Learner trains, and go on from the last one when there is one at the beginning"
     order,run_valid = 80,False # after all callbacks that remember something
@@ -233,17 +233,23 @@ class Checkpoints(Callback):
     def before_train(self):
         "Remember the generators before the order of the epoch is drawn"
         self.start = order_state(self.dls.train)
+        self.next = self.first_batch
         if self.first_batch: self.learn.pct_train = self.then['pct_train']
 
     def after_batch(self):
         "Write a checkpoint when it is time, or when the training is to stop"
-        stop = self.stop()
-        if stop or self.minutes and time.monotonic()-self.saved>60*self.minutes: self.save(self.epoch, self.iter+1, self.start)
+        stop,self.next = self.stop(),self.iter+1
+        if stop or self.minutes and time.monotonic()-self.saved>60*self.minutes: self.save(self.epoch, self.next, self.start)
         if stop: raise KeyboardInterrupt
 
     def after_train(self):
-        "Later epochs begin with their first batch"
+        "Later epochs begin with their first batch; where validation images may turn out to be broken, a checkpoint is written before them"
         self.learn.first_batch = 0
+        if self.epoch==self.first_epoch and not getattr(self.dls.valid_ds, 'in_memory', True): self.save(self.epoch, self.next, self.start)
+
+    def keep_place(self):
+        "Write a checkpoint where a training step could not begin, as there was no batch for it"
+        if self.training: self.save(self.epoch, self.next, self.start)
 
     def after_epoch(self):
         "Write a checkpoint"
