@@ -27,6 +27,7 @@ from fastai.data.transforms import Category, CategoryMap, MultiCategory, Normali
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 import fastai.vision.data # noqa: F401 (show_batch for images)
+from ..processes import *
 from .images import *
 from .pixels import *
 
@@ -106,6 +107,7 @@ def set_split_idx(self:ImageSet,
 # %% ../../nbs/43_loaders.ipynb #cf1e224e
 class ImageDL(TfmdDL):
     "fastai loader that takes whole batches from an `ImageSet`, shuffled by its own seed"
+    shared = 0,1 # The part of every batch that is loaded, see `sharing`: number of a process, and how many there are
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # `ImageSet`
@@ -122,7 +124,7 @@ class ImageDL(TfmdDL):
     def shuffle_fn(self, idxs):
         return super().shuffle_fn(idxs) if self.wgts is None else self.rng.choices(idxs, self.wgts, k=len(idxs))
     def create_batches(self, samps):
-        for o in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(o)
+        for o in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(share(o, self.shared))
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None: dataset = self.as_set(dataset)
         return super().new(dataset, cls, **merge(dict(seed=self.seed), kwargs))
@@ -148,7 +150,7 @@ class RandomHFlip(Transform):
         seed=0 # Of the choice
     ): self.generator = torch.Generator().manual_seed(seed)
     def encodes(self, x:TensorImage):
-        mask = torch.rand(len(x), generator=self.generator).to(x.device)<.5
+        mask = share(torch.rand(len(x)*world_size(), generator=self.generator)).to(x.device)<.5 # as one process draws them
         return torch.where(mask[:,None,None,None], x.flip(-1), x)
 
 # %% ../../nbs/43_loaders.ipynb #ef3f1b9e

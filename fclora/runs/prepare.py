@@ -38,6 +38,7 @@ from ..find import *
 from ..adapt import *
 from ..files import *
 from ..outputs import *
+from ..processes import *
 from ..ranges import *
 from ..plan import *
 from ..presets import *
@@ -120,7 +121,7 @@ def prepare(
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
-    images = load_images(data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
+    images = from_first(load_images, data, **pretrained_input(name, size), data_root=data_root, progress=not quiet, **split)
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
