@@ -63,6 +63,7 @@ Modules:
 - `fclora.probes.linear`: A linear classifier on frozen features: the bar to beat, and where the head starts
 - `fclora.probes.start`: What the frozen backbone can do already, said before anything is trained
 - `fclora.probes.suspects`: Images whose label a probe contradicts with confidence, though it has seen all the others
+- `fclora.processes`: One run on several GPUs or machines: every process does the same with other rows, and what must be one is added up
 - `fclora.ranges`: The lowest and the highest value of every numeric option, in one table
 - `fclora.report.html`: Tables, pictures and commands as HTML that needs nothing else
 - `fclora.report.making`: On what a model fails, how it was made, what it costs, and the commands to use it and to repeat it
@@ -121,6 +122,7 @@ Modules:
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.checkpoint`: Stop a training at any step and go on later, to the same weights bit for bit
 - `fclora.train.ema`: A moving average of the weights that train, which is what is validated, kept and tested
+- `fclora.train.exchange`: Train in several processes as in one: the same batches, the same steps, the same weights
 - `fclora.train.fallback`: Where training has not helped, the linear probe is the result
 - `fclora.train.imbalance`: Weights for rare classes in the training loss, and a sampler that shows every class equally often
 - `fclora.train.learner`: A model, a Plan and a recipe make a fastai Learner

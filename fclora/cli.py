@@ -8,8 +8,8 @@ standard library is loaded, so that `fclora --help` answers at once."""
 
 # %% auto #0
 __all__ = ['command_themes', 'commands', 'command_table', 'command', 'help_text', 'usage_line', 'add_option', 'complain',
-           'wrong_usage', 'parser', 'usage', 'show_warning', 'never_fail_to_print', 'run_plugins', 'call', 'explain',
-           'on_stop', 'leave', 'interrupt', 'main']
+           'speaks', 'last_word', 'wrong_usage', 'parser', 'usage', 'show_warning', 'never_fail_to_print',
+           'run_plugins', 'call', 'check_processes', 'explain', 'on_stop', 'leave', 'interrupt', 'main']
 
 # %% ../nbs/90_cli.ipynb #77163424
 import argparse,json,os,signal,sys,threading,traceback,warnings
@@ -92,12 +92,24 @@ def complain(
     "Say something on stderr"
     print(visible(f'fclora: {text}'), file=sys.stderr)
 
+def speaks()->bool:
+    "Is it for this process to say why the run ends? Of several processes for the first that has something to say"
+    if int(os.environ.get('WORLD_SIZE', 1))==1: return True
+    processes = sys.modules.get('fclora.processes') # not imported yet: nobody has met anybody, all fail alike
+    return processes.speaks() if processes else os.environ.get('RANK', '0')=='0'
+
+def last_word(
+    text:str # One line
+):
+    "Say why the run ends, once for all its processes"
+    if speaks(): complain(text)
+
 def wrong_usage(
     cmd:str, # Name of a command
     text:str # What is wrong, from argparse
 ):
     "End with status 2 and one line, in place of argparse's long one"
-    complain(f'error: {text}; fclora {cmd} --help lists the options')
+    last_word(f'error: {text}; fclora {cmd} --help lists the options')
     raise SystemExit(2)
 
 # %% ../nbs/90_cli.ipynb #e7258a78
@@ -162,6 +174,13 @@ def call(
     return command(cmd)(*first, *given.pop(many[0], []), **given)
 
 # %% ../nbs/90_cli.ipynb #28207b8d
+def check_processes(
+    cmd:str # Name of a command
+):
+    "Raise where a launcher started several processes of a command that runs in one"
+    if int(os.environ.get('WORLD_SIZE', 1))>1 and cmd not in ('finetune','resume'):
+        raise ValueError(f'{cmd} runs in one process: call fclora {cmd} without torchrun or accelerate launch')
+
 _expected = (ValueError, OSError, ArithmeticError, MemoryError, ImportError)
 
 def explain(
@@ -169,6 +188,7 @@ def explain(
     debug:bool=False # Show the traceback too?
 ):
     "Say what went wrong in one line on stderr"
+    if not speaks(): return
     if debug: traceback.print_exception(e)
     text = ' '.join(str(e).split()) or type(e).__name__
     complain(f'error: {text}' if isinstance(e, _expected) else f'error: {type(e).__name__}: {text} (--debug shows where)')
@@ -191,7 +211,7 @@ def leave(
     frame # Where it came
 ):
     "End the process at once: an interrupted import would show one traceback for each module"
-    complain('interrupted')
+    last_word('interrupted')
     os._exit(130)
 
 def interrupt(
@@ -219,6 +239,7 @@ def main(
         try:
             with on_stop(leave): command(cmd)
             with on_stop(interrupt):
+                check_processes(cmd)
                 check_ranges(**given)
                 run_plugins(plugins)
                 res = call(cmd, given)
@@ -228,7 +249,7 @@ def main(
             return 141
         except KeyboardInterrupt:
             kept = cmd in ('finetune','resume','compare','tune','folds')
-            complain('interrupted' + '; what was done is kept, and the same command goes on with --resume'*kept)
+            last_word('interrupted' + '; what was done is kept, and the same command goes on with --resume'*kept)
             return 130
         except Exception as e:
             explain(e, debug)

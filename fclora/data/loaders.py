@@ -13,7 +13,7 @@ __all__ = ['ImageSet', 'BrokenImage', 'ImageDL', 'RandomHFlip', 'ToInput', 'inpu
 import warnings
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # by fastai's import
 
-# %% ../../nbs/43_loaders.ipynb #20e91f21
+# %% ../../nbs/43_loaders.ipynb #92308968
 import os, random, torch
 from contextlib import contextmanager
 from copy import copy
@@ -27,6 +27,7 @@ from fastai.data.transforms import Category, CategoryMap, MultiCategory, Normali
 from fastai.learner import replacing_yield
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 import fastai.vision.data # noqa: F401 (show_batch for images)
+from ..processes import *
 from .rows import *
 from .images import *
 from .pixels import *
@@ -139,9 +140,10 @@ def set_split_idx(self:ImageSet,
     "A block in which these images are treated as those of another split, as `Learner.tta` asks"
     return replacing_yield(self, 'split_idx', i)
 
-# %% ../../nbs/43_loaders.ipynb #203af346
+# %% ../../nbs/43_loaders.ipynb #cebf5435
 class ImageDL(TfmdDL):
     "fastai loader that takes whole batches from an `ImageSet`, shuffled by its own seed"
+    shared = 0,1 # The part of every batch that is loaded, see `sharing`: number of a process, and how many there are
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # `ImageSet`
@@ -160,7 +162,7 @@ class ImageDL(TfmdDL):
         return super().shuffle_fn(idxs) if self.wgts is None else self.rng.choices(idxs, self.wgts, k=len(idxs))
     def create_batches(self, samps):
         for o in chunked(samps, self.bs, self.drop_last):
-            b = self.dataset.batch(o)
+            b = self.dataset.batch(share(o, self.shared))
             if len(b[0]): yield b
     def __iter__(self):
         for b in super().__iter__():
@@ -192,7 +194,7 @@ class RandomHFlip(Transform):
         seed=0 # Of the choice
     ): self.generator = torch.Generator().manual_seed(seed)
     def encodes(self, x:TensorImage):
-        mask = torch.rand(len(x), generator=self.generator).to(x.device)<.5
+        mask = share(torch.rand(len(x)*world_size(), generator=self.generator)).to(x.device)<.5 # as one process draws them
         return torch.where(mask[:,None,None,None], x.flip(-1), x)
 
 # %% ../../nbs/43_loaders.ipynb #ef3f1b9e

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from ..sites import *
 from ..precision import *
+from ..processes import *
 from ..scorers.watch import *
 
 # %% ../../nbs/45_features.ipynb #2df6b607
@@ -81,9 +82,9 @@ def head_features(
 )->tuple: # (n, heads, d) float32 and targets, on the CPU
     "What the heads of `model` see of every image of `dl`"
     room,targs,at = None,[],0
-    with preserved(model), torch.inference_mode(), autocast(model, precision), head_in_fp32(model):
+    with preserved(model), torch.inference_mode(), autocast(model, precision), head_in_fp32(model), sharing(dl) as whole:
         for batch in tqdm(dl, progress, disable=None if progress else True, leave=False):
-            rows,ys = batch_features(model, batch)
+            rows,ys = whole(*batch_features(model, batch))
             if room is None: room = feature_room((len(dl.dataset), *rows.shape[1:]))
             room[at:at+len(rows)] = rows.cpu()
             targs.append(ys.cpu())

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..checks import *
 from ..data.shards import *
 from ..files import *
+from ..processes import *
 from .folder import *
 from .prepare import *
 
@@ -26,7 +27,8 @@ from .prepare import *
 def claimed(
     out # Run folder, made if need be
 ):
-    "No other process can claim `out` in this block; a folder that is empty in the end is removed"
+    "No other run can claim `out` in this block, which the first of its processes does; a folder that is empty in the end is removed"
+    if not is_first(): yield Path(out); return
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'.lock', 'a+') as f:

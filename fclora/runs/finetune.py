@@ -9,7 +9,7 @@ does not stand in the way of reading."""
 # %% auto #0
 __all__ = ['finetune']
 
-# %% ../../nbs/76_finetune.ipynb #ea133806
+# %% ../../nbs/76_finetune.ipynb #00f8ab86
 import sys,time,warnings
 from pathlib import Path
 from contextlib import ExitStack,contextmanager
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..adapt import *
 from ..files import *
+from ..processes import *
 from ..data.pixels import *
 from ..data.sources import *
 from ..data.loaders import *
@@ -30,6 +31,7 @@ from ..probes.start import *
 from ..train.imbalance import *
 from ..train.recipe import *
 from ..train.callbacks import *
+from ..train.exchange import *
 from ..train.checkpoint import *
 from ..train.fallback import *
 from ..train.learner import *
@@ -51,6 +53,7 @@ from .job import *
 @patch
 def load(self:Job)->tuple: # images, dls and model
     "Images, loaders and backbone, and two lines about what will happen"
+    check_batch_size(self.rcp['batch_size'])
     wanted = dict(pick(prepare, self.options), seed=self.seed, quiet=self.quiet, bs=self.rcp['batch_size'], head_std=self.rcp['head_std'])
     with self.step('load'): images,dls,model,self.about = prepare(self.data, **wanted)
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
@@ -69,8 +72,11 @@ def first_look(self:Job,
     "See what the frozen backbone can do, and start the head from there"
     head,precision = self.rcp['head'],self.rcp['precision']
     with self.step('probe'):
-        if probe: self.look = first_look(model, dls, not self.quiet, precision, counted_weights(self.rcp, dls))
+        if probe:
+            look = first_look(model, dls, not self.quiet, precision, counted_weights(self.rcp, dls))
+            self.look = from_first(lambda: look)
         if head=='probe': start_head(model, self.look.soft) if probe else soft_start(model, dls, precision=precision)
+        same_weights(model)
     if probe: self.say(look_text(self.look, len(dls.train_ds), self.rcp['epochs'], head))
 
 # %% ../../nbs/76_finetune.ipynb #a44420ca
@@ -81,12 +87,12 @@ def allocate(self:Job,
 )->Plan: # None for head and full
     "The Plan that was given, or one from scores on the training images"
     if self.method in regimes: return None
-    kept = self.out/'checkpoints/plan.json'
-    if self.goes_on and kept.is_file(): plan = Plan.load(kept)
-    elif self.given: plan = self.given
-    else:
+    kept,plan = self.out/'checkpoints/plan.json',self.given
+    if self.goes_on: plan = from_first(lambda: Plan.load(kept) if kept.is_file() else self.given)
+    if plan is None:
         name,wanted = self.about['model']['name'],pick(plan_model, self.options, ['model'])
-        with self.step('score'): plan = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
+        with self.step('score'): found = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
+        plan = from_first(lambda: found)
     self.say(plan)
     return plan
 
@@ -116,7 +122,7 @@ def save(self:Job,
     asked = {k:Path(v).name if v and k in ('checkpoint','plan') else v for k,v in self.asked.items()} # no folders of this machine
     config.update(calibration or {}, asked=asked)
     run = Run(config, metrics or {}, self.history, learn.plan, learn.model)
-    save_run(run, self.out)
+    if is_first(): save_run(run, self.out)
     return run
 
 # %% ../../nbs/76_finetune.ipynb #0432b324
@@ -133,13 +139,13 @@ def settle(self:Job,
     self.measured['epoch_kept'] = 0
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
-# %% ../../nbs/76_finetune.ipynb #340474b8
+# %% ../../nbs/76_finetune.ipynb #4a28eef0
 @patch
 def begin(self:Job,
     plan:Plan=None # None for head and full
 ):
     "Take the folder: a run that goes on is left as it is, another one is set aside"
-    if self.goes_on or self.begun: return
+    if self.goes_on or self.begun or not is_first(): return
     set_aside(self.out)
     write_options(self.out, self.asked)
     if plan: plan.save(self.out/'checkpoints/plan.json')
@@ -215,7 +221,7 @@ def measurements(self:Job,
     mib,kind = peak_memory(learn.dls.device)
     return dict(method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **probe_numbers(self.look),
-        resumed=self.goes_on, params=count_params(learn.model), valid=self.measured['valid'], test=test,
+        resumed=self.goes_on, processes=world_size(), params=count_params(learn.model), valid=self.measured['valid'], test=test,
         peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
@@ -241,6 +247,7 @@ def report(self:Job,
     run:Run # Saved
 )->Run: # `run`
     "Print the result and draw the report; a report that cannot be drawn is only a warning"
+    if not is_first(): return run
     print(text_table(paper_table(run)))
     try: save_report(run, self.out/'report.html')
     except Exception as e: warnings.warn(f'the run is saved, but its report could not be drawn: {type(e).__name__}: {e}')
@@ -249,7 +256,7 @@ def report(self:Job,
     self.say(f'\nsaved in {self.out}; open {self.out}/report.html')
     return run
 
-# %% ../../nbs/76_finetune.ipynb #83cee4af
+# %% ../../nbs/76_finetune.ipynb #8124146b
 @delegates(prepare, but=['data','bs','head_std'])
 @delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
 @delegates(recipe, keep=True, but=['base'])
@@ -273,14 +280,16 @@ def finetune(
     **kwargs
 )->Run:
     "Fine-tune, calibrate, test and save: the whole of FC-LoRA"
-    if auto_resume and is_done(out) and not was_stopped(out):
-        with claimed(out): return load_run(out, kwargs.get('checkpoint'))
-    options = dict(recipe=recipe, checkpointing=checkpointing, compile=compile, probe=probe, **kwargs)
-    job = new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out), save_minutes, log, **options)
-    with claimed(job.out), job.track, job.kept():
-        images,dls,model = job.load()
-        job.first_look(dls, model, probe)
-        learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)
-        job.train(learn)
-        run = job.evaluate(learn, images, job.calibrate(learn))
-        return job.report(run)
+    with together(kwargs.get('device')):
+        if auto_resume and from_first(lambda: is_done(out) and not was_stopped(out)):
+            with claimed(out): return load_run(out, kwargs.get('checkpoint'))
+        options = dict(recipe=recipe, checkpointing=checkpointing, compile=compile, probe=probe, **kwargs)
+        job = from_first(lambda: new_job(data, method, plan, out, force, seed, quiet, resume or auto_resume and was_stopped(out),
+                                         save_minutes, log, **options)).join()
+        with claimed(job.out), job.track, job.kept():
+            images,dls,model = job.load()
+            job.first_look(dls, model, probe)
+            learn = job.learner(dls, model, job.allocate(dls, model), checkpointing, compile)
+            job.train(learn)
+            run = job.evaluate(learn, images, job.calibrate(learn))
+            return job.report(run)

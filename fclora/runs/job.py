@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..files import *
+from ..processes import *
 from ..plan import *
 from ..report.trackers import *
 from ..train.recipe import *
@@ -76,6 +77,12 @@ def new_job(
                track=track)
 
 # %% ../../nbs/75a_job.ipynb #12fbf0a7
+@patch
+def join(self:Job)->Job: # `self`
+    "In one of several processes: only the first prints and logs, and each has a clock of its own"
+    if not is_first(): self.quiet,self.began,self.track = True,time.perf_counter(),Trackers()
+    return self
+
 @patch
 def say(self:Job,
     *what # To print

@@ -38,6 +38,7 @@ from ..find import *
 from ..adapt import *
 from ..files import *
 from ..outputs import *
+from ..processes import *
 from ..ranges import *
 from ..plan import *
 from ..presets import *
@@ -89,7 +90,7 @@ def data_config(
     counts = {k:len(getattr(images, k)[1]) for k in ('train','valid','test')}
     return dict(name=images.name, source=str(source), **split, **counts)
 
-# %% ../../nbs/72_prepare.ipynb #f48b8e5d
+# %% ../../nbs/72_prepare.ipynb #d93fb136
 def prepare(
     data:str='digits', # digits, cifar10, cifar100, a folder of classes, a CSV of path,label[,split], a dataset, hf:NAME, x-{00..99}.tar
     model:str=None, # timm model; vit_pico for digits, else deit_base_distilled_patch16_224.fb_in1k
@@ -122,8 +123,10 @@ def prepare(
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
-    images = load_images(data, **pretrained_input(name, size), data_root=data_root, in_memory=in_memory, cache=cache,
-                         progress=not quiet, **split)
+    reading = dict(pretrained_input(name, size), data_root=data_root, in_memory=in_memory, cache=cache, progress=not quiet, **split)
+    images = load_images(data, **reading) if cache else from_first(load_images, data, **reading) # a cache is open to every process
+    if skip_bad and world_size()>1 and isinstance(images.train[0], list):
+        raise ValueError('several processes cannot leave out images that turn out to be unreadable; add --cache FOLDER, or use one process')
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)

@@ -13,6 +13,7 @@ __all__ = ['tokens_first', 'scorers', 'default_scorers', 'Seen', 'Scorer', 'chec
 
 # %% ../../nbs/10_measure.ipynb #0d6bf02f
 import math
+from copy import copy
 from collections.abc import Mapping
 from contextlib import ExitStack,nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from ..sites import *
 from ..precision import *
+from ..processes import *
 from ..find import *
 from .watch import *
 
@@ -153,6 +155,7 @@ class Scorer:
     name = '' # Of the metric, and of the scorer in `scorers`
     needs = () # Of weight_grad and output_grad; with neither, the pass is forward only
     runs_again = False # Does it run the model once more for every batch?
+    adds = True # Can several processes look at some batches each, and `add` up?
 
     def value(self,
         seen:Seen, # What one batch shows
@@ -241,8 +244,16 @@ def _made(scorer):
         raise ValueError(f'{type(scorer).__name__} needs {wrong.pop()!r}; a scorer can need weight_grad and output_grad')
     return scorer
 
-def _results(scorers):
-    "What all scorers say, if it makes sense"
+def _summed(scorer):
+    "`scorer` with what it saw in all processes"
+    first,*others = [copy(scorer) for _ in range(world_size())]
+    for o,seen in zip((first, *others), gather_values(vars(scorer))): o.__dict__ = seen
+    for o in others: first.add(o)
+    return first
+
+def _results(scorers, apart=False):
+    "What all scorers say, if it makes sense; `apart`: each process has seen other batches"
+    if apart: scorers = [_summed(s) for s in scorers]
     metrics = {s.name:s.result() for s in scorers}
     for s in scorers:
         check_finite(s.name, metrics[s.name], 'after the pass')
@@ -267,6 +278,7 @@ def measure(
     sites = sites or find_sites(model)
     scorers = [_made(s) for s in scorers or default_scorers]
     needs = {o for s in scorers for o in s.needs}
+    apart = world_size()>1 and all(s.adds for s in scorers)
     n,ask_at,total = 0,8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
     with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision), ExitStack() as stack:
@@ -275,10 +287,11 @@ def measure(
         for s in scorers: stack.enter_context(s.watching(model))
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
         for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
-            seen = look(model, sites, batch, needs, loss_func, n)
-            for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
+            if not apart or my_turn(n):
+                seen = look(model, sites, batch, needs, loss_func, n)
+                for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
             if settled and n==ask_at:
-                if settled(_results(scorers), n): break
+                if settled(_results(scorers, apart), n): break
                 ask_at *= 2
     if not n: raise ValueError('no batch to score: the data are empty')
-    return _results(scorers)
+    return _results(scorers, apart)

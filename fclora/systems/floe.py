@@ -47,6 +47,7 @@ class GateFisher(Scorer):
         seed:int=0 # Of their initial values
     ): self.warm,self.r,self.lr,self.seed = warm,r,lr,seed
 
+    adds = False
     def start(self, model, sites): self.sites,self.gates,self.net = sites,[],None
     def update(self, seen):
         if not self.net: self._begin(seen.model)

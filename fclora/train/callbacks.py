@@ -19,6 +19,7 @@ from fastai.callback.fp16 import AMPMode,MixedPrecision,ModelToHalf,NonNativeMix
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from ..precision import *
+from ..processes import *
 
 # %% ../../nbs/51_callbacks.ipynb #25564e9a
 class StopOnNaN(Callback):
@@ -100,7 +101,7 @@ class KeepBest(Callback):
     def after_epoch(self):
         "Keep the weights if this epoch is the best so far"
         if any(getattr(cb, 'unfinished', False) for cb in self.learn.cbs): return
-        self.losses.append(float(self.loss(*map(torch.cat, zip(*self.seen)))))
+        self.losses.append(from_first(lambda: float(self.loss(*map(torch.cat, zip(*self.seen))))))
         if self.state is None or self.losses[-1]<self.losses[self.epoch_kept]:
             self.epoch_kept,self.state = len(self.losses)-1,trained_state(self.model)
         elif self.stopped: raise CancelFitException

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from ..adapt import *
 from ..files import *
+from ..processes import *
 from ..plan import *
 from .callbacks import *
 from .schedules import *
@@ -210,7 +211,7 @@ def all_batches(self:FCLoRALearner):
         if i>=skip: self.one_batch(i, b)
         elif i==skip-1: set_random_state(self.random_then)
 
-# %% ../../nbs/53a_checkpoint.ipynb #60dffabb
+# %% ../../nbs/53a_checkpoint.ipynb #e0325a9b
 class Checkpoints(Callback):
     "Write checkpoints while a Learner trains, and go on from the last one when there is one at the beginning"
     order,run_valid = 80,False # after all callbacks that remember something
@@ -223,7 +224,7 @@ class Checkpoints(Callback):
     def before_fit(self):
         "Go on from the last checkpoint, or begin"
         self.learn.first_epoch,self.learn.first_batch,self.saved = 0,0,time.monotonic()
-        if (then := last_checkpoint(self.folder)) is None: return
+        if (then := from_first(last_checkpoint, self.folder)) is None: return
         restore_training(self.learn, then)
         self.learn.first_epoch,self.learn.first_batch,self.learn.random_then = then['epoch'],then['batch'],then['random']
         self.learn.train_iter,self.then = then['train_iter'],then
@@ -238,7 +239,7 @@ class Checkpoints(Callback):
 
     def after_batch(self):
         "Write a checkpoint when it is time, or when the training is to stop"
-        stop,self.next = self.stop(),self.iter+1
+        stop,self.next = anywhere(self.stop()),self.iter+1
         if stop or self.minutes and time.monotonic()-self.saved>60*self.minutes: self.save(self.epoch, self.next, self.start)
         if stop: raise KeyboardInterrupt
 
@@ -254,13 +255,13 @@ class Checkpoints(Callback):
     def after_epoch(self):
         "Write a checkpoint"
         self.save(self.epoch+1, 0, order_state(self.dls.train))
-        if self.stop(): raise KeyboardInterrupt
+        if anywhere(self.stop()): raise KeyboardInterrupt
 
     def save(self,
         epoch:int, # As for `training_state`
         batch:int, # As for `training_state`
         start:dict # As for `training_state`
     ):
-        "Write where the training is now"
-        save_checkpoint(training_state(self.learn, epoch, batch, start), self.folder, self.train_iter)
+        "Write where the training is now; all processes are at one place, so the first one writes"
+        if is_first(): save_checkpoint(training_state(self.learn, epoch, batch, start), self.folder, self.train_iter)
         self.saved = time.monotonic()

@@ -33,6 +33,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..sites import *
 from ..precision import *
 from ..adapt import *
+from ..processes import *
 from ..scorers.watch import *
 from ..plan import *
 from ..initialisers import *
@@ -40,6 +41,7 @@ from ..data.loaders import *
 from .imbalance import *
 from .recipe import *
 from .callbacks import *
+from .exchange import *
 from .ema import *
 from .schedules import *
 from .minutes import *
@@ -147,7 +149,7 @@ def recipe_cbs(
     model:nn.Module # On the device that it trains on
 )->list:
     "The callbacks that `rcp` asks for"
-    cbs = [StopOnNaN()]
+    cbs = [StopOnNaN()] + [Exchange()]*(world_size()>1)
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
     if rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
     if rcp.get('ema'): cbs.append(EMA(rcp['ema']))

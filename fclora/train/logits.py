@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from ..precision import *
+from ..processes import *
 
 # %% ../../nbs/54_logits.ipynb #5a2cddd2
 def run_batches(
@@ -23,9 +24,10 @@ def run_batches(
 )->tuple: # (n, k) float32 and targets (n,) int64, on the CPU
     "What `f` returns for every image of `dl`"
     res = []
-    with torch.inference_mode():
+    with torch.inference_mode(), sharing(dl) as whole:
         for xb,yb in tqdm(dl, progress, disable=None if progress else True, leave=False):
-            res.append((f(xb.as_subclass(torch.Tensor)).float().cpu(), yb.as_subclass(torch.Tensor).cpu()))
+            found = whole(f(xb.as_subclass(torch.Tensor)).float(), yb.as_subclass(torch.Tensor))
+            res.append([o.cpu() for o in found])
     return tuple(torch.cat(o).clone() for o in zip(*res))
 
 # %% ../../nbs/54_logits.ipynb #e77823f5
