@@ -9,10 +9,11 @@ every function here gives back what it was given."""
 
 # %% auto #0
 __all__ = ['world_size', 'process_number', 'is_first', 'own_gpu', 'together', 'add_up', 'anywhere', 'average', 'gather_rows',
-           'gather_values', 'from_first', 'same_weights', 'share', 'my_turn', 'sharing', 'speaks']
+           'gather_values', 'from_first', 'sums_of_all', 'same_weights', 'share', 'my_turn', 'sharing', 'speaks']
 
 # %% ../nbs/08b_processes.ipynb #d5b645ff
 import io,os,warnings
+from copy import copy
 from contextlib import contextmanager
 from datetime import timedelta
 import torch
@@ -40,7 +41,7 @@ def own_gpu(
     "Make one GPU of the machine that of this process"
     if device=='cpu' or not torch.cuda.is_available(): return
     i,n = int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
-    if i>=n: raise ValueError(f'process {i+1} of this machine has no GPU of its own, there are {n}: start {n} processes, or add --device cpu')
+    if i>=n: raise ValueError(f'process {i+1} of this machine has no GPU of its own: start {n} processes, or add --device cpu')
     torch.cuda.set_device(i)
 
 @contextmanager
@@ -134,6 +135,17 @@ def from_first(
     value,error = _unpacked(found[0])
     if error: raise error
     return value
+
+def sums_of_all(
+    o # With a method `add`, such as a `Scorer`; left as it is
+): # Another of its class
+    "What `o` would be if it had seen what it saw in all processes"
+    all_seen = []
+    for seen in gather_values(vars(o)):
+        all_seen.append(copy(o))
+        all_seen[-1].__dict__ = seen
+    for other in all_seen[1:]: all_seen[0].add(other)
+    return all_seen[0]
 
 def same_weights(
     model # Any `nn.Module`; changed in place

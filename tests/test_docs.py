@@ -69,7 +69,7 @@ def test_every_notebook_is_a_page_in_the_contents_and_can_be_opened(site, pages)
 
 def test_every_public_definition_has_its_reference_with_parameters_and_source(pages):
     ids = {i for n,p in pages.items() if not n.startswith('_') for i in anchors(p)}
-    files = [p for p in (root/'fclora').rglob('*.py') if p.stem not in ('all','__init__','_modidx')]
+    files = [p for p in (root/'fclora').rglob('*.py') if p.stem not in ('all','__init__','__main__','_modidx')]
     for mod in [import_module('.'.join(p.relative_to(root).with_suffix('').parts)) for p in sorted(files)]:
         own = [n for n in mod.__all__ if callable(getattr(mod, n)) and getattr(mod, n).__module__==mod.__name__]
         assert own and not [n for n in own if f'{mod.__name__}.{n}' not in ids], mod.__name__

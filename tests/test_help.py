@@ -5,7 +5,7 @@ from fastcore.docments import docments
 import fclora
 
 found = [m for m in pkgutil.walk_packages(fclora.__path__, 'fclora.') if not m.ispkg]
-modules = sorted(n for m in found if (n := m.name.removeprefix('fclora.')) not in ('all','_modidx'))
+modules = sorted(n for m in found if (n := m.name.removeprefix('fclora.')) not in ('all','__main__','_modidx'))
 # of one obvious parameter, or to be documented in their notebooks
 def module(name): return importlib.import_module(f'fclora.{name}')
 def plain(f): return getattr(f, '__func__', f)

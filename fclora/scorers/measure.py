@@ -13,7 +13,6 @@ __all__ = ['tokens_first', 'scorers', 'default_scorers', 'Seen', 'Scorer', 'chec
 
 # %% ../../nbs/10_measure.ipynb #0d6bf02f
 import math
-from copy import copy
 from collections.abc import Mapping
 from contextlib import ExitStack,nullcontext
 from dataclasses import replace
@@ -46,18 +45,15 @@ class Seen:
         self.layers,self.weights = {s.path:model.get_submodule(s.path) for s in sites},{s.path:site_weight(model, s) for s in sites}
         mask = batch.get('attention_mask') if isinstance(batch, Mapping) else None
         self.mask = mask if mask is not None and mask.ndim==2 else None
-
     @property
     def n_samples(self):
         "Number of samples of the batch"
         return len(self.batch.get('labels', next(iter(self.batch.values()))) if isinstance(self.batch, Mapping) else self.batch[0])
-
     def source(self,
         site:Site # One of `self.sites`
     ):
         "Names the product that `site` is part of: sites with one source have one input"
         return site.path,max(p.first for p in self.products[site.path] if p.first<=site.start)
-
     def products_of(self,
         site:Site # One of `self.sites`
     ):
@@ -156,7 +152,6 @@ class Scorer:
     needs = () # Of weight_grad and output_grad; with neither, the pass is forward only
     runs_again = False # Does it run the model once more for every batch?
     adds = True # Can several processes look at some batches each, and `add` up?
-
     def value(self,
         seen:Seen, # What one batch shows
         site:Site # One of `self.sites`
@@ -168,7 +163,6 @@ class Scorer:
     ):
         "How much the batch `seen` counts in the mean"
         return 1
-
     def start(self,
         model:nn.Module, # That is measured
         sites:list # Its `Site`s
@@ -244,16 +238,9 @@ def _made(scorer):
         raise ValueError(f'{type(scorer).__name__} needs {wrong.pop()!r}; a scorer can need weight_grad and output_grad')
     return scorer
 
-def _summed(scorer):
-    "`scorer` with what it saw in all processes"
-    first,*others = [copy(scorer) for _ in range(world_size())]
-    for o,seen in zip((first, *others), gather_values(vars(scorer))): o.__dict__ = seen
-    for o in others: first.add(o)
-    return first
-
 def _results(scorers, apart=False):
     "What all scorers say, if it makes sense; `apart`: each process has seen other batches"
-    if apart: scorers = [_summed(s) for s in scorers]
+    if apart: scorers = [sums_of_all(s) for s in scorers]
     metrics = {s.name:s.result() for s in scorers}
     for s in scorers:
         check_finite(s.name, metrics[s.name], 'after the pass')
