@@ -115,6 +115,26 @@ def test_a_failure_of_one_process_ends_all(tmp_path):
     assert p.returncode and out=='' and ours(err)==['fclora: error: the disk of process 1 is broken'], err
     assert load_run(tmp_path/'run').config['status']=='epoch 2 of 2' # what was done is kept
 
+STEP = '''import os
+from fclora.train.exchange import Exchange
+averaged = Exchange.after_backward
+def failing(self):
+    if os.environ['RANK']=='{who}' and self.iter==2: {what}
+    averaged(self)
+Exchange.after_backward = failing
+'''
+
+@pytest.mark.parametrize('who,what,said', [
+    (0, 'raise OSError("the disk is full")', 'the disk is full'), (1, 'raise OSError("the disk is full")', 'the disk is full'),
+    (1, 'os.kill(os.getpid(), 9)', 'another process of this run has ended')])
+def test_a_failure_while_others_wait_is_said_by_the_one_that_knows_why(started, tmp_path, who, what, said):
+    "The others would say that a connection was closed, and may notice it before the first has spoken"
+    (tmp_path/'fail.py').write_text(STEP.format(who=who, what=what))
+    quick = ['--method', 'head', '--limit', '64,20,20', '--batch-size', '16', '--epochs', '1', '--no-probe']
+    status,printed = started(2, 'finetune', *quick, '--quiet', '--out', tmp_path/'run', '--plugin', tmp_path/'fail.py')
+    assert 0 not in status and len(printed.splitlines())==1 and said in printed, printed
+    assert 'gloo' not in printed
+
 SLOW = '''import time
 from fastai.callback.core import Callback
 from fclora.runs import finetune as page
