@@ -80,6 +80,15 @@ def test_weights_and_numbers_are_those_of_one_process(runs):
     rows = {n:[[float(o) for o in l.split(',')[1:4]] for l in h[1:]] for n,h in histories.items()}
     for n in (2, 4): assert sum(rows[n], [])==pytest.approx(sum(rows[1], []), rel=1e-4)
 
+def test_a_start_from_gradients_is_that_of_one_process(started, tmp_path):
+    "GoRA reads the sums of its scorer, not only what `measure` returns"
+    quick = ['--method', 'gora', '--limit', '64,20,20', '--batch-size', '16', '--epochs', '1', '--budget', '36', '--no-probe', '--quiet']
+    for n in (1, 2):
+        status,printed = started(n, 'finetune', *quick, '--out', tmp_path/str(n))
+        assert status==[0]*n, printed
+    one,two = [load_file(tmp_path/str(n)/'adapter.safetensors') for n in (1, 2)]
+    for k,w in one.items(): torch.testing.assert_close(two[k], w, rtol=1e-4, atol=1e-5)
+
 def test_one_process_prints_and_writes(runs):
     lines = {n:printed.splitlines() for n,(_,printed) in runs.items()}
     assert len(lines[1])==len(lines[2])==len(lines[4])
@@ -87,6 +96,7 @@ def test_one_process_prints_and_writes(runs):
     assert names[1]==names[2]==names[4]
 
 @pytest.mark.parametrize('args,what', [(['--batch-size', '15'], '15 cannot be shared equally by 2 processes; try 14 or 16'),
+                                       (['--limit', '13,50,50'], '13 training images are one batch'),
                                        (['--epochs', '0'], 'epochs'), (['--zz'], 'unrecognized'), (['--plan', 'nowhere.json'], 'nowhere.json')])
 def test_a_mistake_is_one_line(started, tmp_path, args, what):
     status,said = started(2, 'finetune', *ASKED, *args, '--out', tmp_path/'run')
