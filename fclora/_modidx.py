@@ -686,6 +686,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fclora/probes/suspects.py'),
                                         'fclora.probes.suspects.suspects': ('suspects.html#suspects', 'fclora/probes/suspects.py')},
             'fclora.processes': { 'fclora.processes._here': ('processes.html#_here', 'fclora/processes.py'),
+                                  'fclora.processes._lost': ('processes.html#_lost', 'fclora/processes.py'),
                                   'fclora.processes._packed': ('processes.html#_packed', 'fclora/processes.py'),
                                   'fclora.processes._unpacked': ('processes.html#_unpacked', 'fclora/processes.py'),
                                   'fclora.processes.add_up': ('processes.html#add_up', 'fclora/processes.py'),

@@ -32,8 +32,10 @@ def is_first()->bool:
     "Is this the process that writes and prints?"
     return process_number()==0
 
-# %% ../nbs/08b_processes.ipynb #c5e0d6a6
-_met = [] # the store that the processes met in
+# %% ../nbs/08b_processes.ipynb #1a163b6b
+_met,_spoke = [],[] # the store that the processes met in; whether this one was the first to say why the run ends
+
+def _lost(e): return isinstance(e, dist.DistError) or 'gloo' in str(e) # what NCCL and gloo raise where another process is gone
 
 def own_gpu(
     device=None # That was asked for
@@ -60,9 +62,12 @@ def together(
         with warnings.catch_warnings():
             if not is_first(): warnings.simplefilter('ignore')
             yield
-    finally:
-        os.environ['WORLD_SIZE'] = size
-        dist.destroy_process_group()
+    except Exception as e:
+        if _lost(e): raise ConnectionError('another process of this run has ended or cannot be reached (--debug shows more)') from e
+        speaks() # now, before the others see that this one is gone
+        raise
+    else: dist.destroy_process_group() # after an error it could wait for the others
+    finally: os.environ['WORLD_SIZE'] = size
 
 # %% ../nbs/08b_processes.ipynb #2b9051f5
 def add_up(
@@ -189,9 +194,11 @@ def sharing(
     try: yield whole
     finally: dl.shared = 0,1
 
-# %% ../nbs/08b_processes.ipynb #5b667e4f
+# %% ../nbs/08b_processes.ipynb #4f93e32a
 def speaks()->bool:
     "Is it for this process to say why the run ends? The first one that asks: the others end because of it"
     if not _met: return os.environ.get('RANK', '0')=='0' # nobody has met anybody yet: all fail alike
-    try: return _met[0].add('ended', 1)==1
-    except (RuntimeError, ConnectionError): return False # who kept the count has ended before
+    if not _spoke:
+        try: _spoke.append(_met[0].add('ended', 1)==1)
+        except (RuntimeError, ConnectionError): return False # who kept the count has ended before
+    return _spoke[0]

@@ -80,6 +80,15 @@ def test_weights_and_numbers_are_those_of_one_process(runs):
     rows = {n:[[float(o) for o in l.split(',')[1:4]] for l in h[1:]] for n,h in histories.items()}
     for n in (2, 4): assert sum(rows[n], [])==pytest.approx(sum(rows[1], []), rel=1e-4)
 
+def test_a_start_from_gradients_is_that_of_one_process(started, tmp_path):
+    "GoRA reads the sums of its scorer, not only what `measure` returns"
+    quick = ['--method', 'gora', '--limit', '64,20,20', '--batch-size', '16', '--epochs', '1', '--budget', '36', '--no-probe', '--quiet']
+    for n in (1, 2):
+        status,printed = started(n, 'finetune', *quick, '--out', tmp_path/str(n))
+        assert status==[0]*n, printed
+    one,two = [load_file(tmp_path/str(n)/'adapter.safetensors') for n in (1, 2)]
+    for k,w in one.items(): torch.testing.assert_close(two[k], w, rtol=1e-4, atol=1e-5)
+
 def test_one_process_prints_and_writes(runs):
     lines = {n:printed.splitlines() for n,(_,printed) in runs.items()}
     assert len(lines[1])==len(lines[2])==len(lines[4])
@@ -87,6 +96,7 @@ def test_one_process_prints_and_writes(runs):
     assert names[1]==names[2]==names[4]
 
 @pytest.mark.parametrize('args,what', [(['--batch-size', '15'], '15 cannot be shared equally by 2 processes; try 14 or 16'),
+                                       (['--limit', '13,50,50'], '13 training images are one batch'),
                                        (['--epochs', '0'], 'epochs'), (['--zz'], 'unrecognized'), (['--plan', 'nowhere.json'], 'nowhere.json')])
 def test_a_mistake_is_one_line(started, tmp_path, args, what):
     status,said = started(2, 'finetune', *ASKED, *args, '--out', tmp_path/'run')
@@ -114,6 +124,26 @@ def test_a_failure_of_one_process_ends_all(tmp_path):
     out,err = p.communicate()
     assert p.returncode and out=='' and ours(err)==['fclora: error: the disk of process 1 is broken'], err
     assert load_run(tmp_path/'run').config['status']=='epoch 2 of 2' # what was done is kept
+
+STEP = '''import os
+from fclora.train.exchange import Exchange
+averaged = Exchange.after_backward
+def failing(self):
+    if os.environ['RANK']=='{who}' and self.iter==2: {what}
+    averaged(self)
+Exchange.after_backward = failing
+'''
+
+@pytest.mark.parametrize('who,what,said', [
+    (0, 'raise OSError("the disk is full")', 'the disk is full'), (1, 'raise OSError("the disk is full")', 'the disk is full'),
+    (1, 'os.kill(os.getpid(), 9)', 'another process of this run has ended')])
+def test_a_failure_while_others_wait_is_said_by_the_one_that_knows_why(started, tmp_path, who, what, said):
+    "The others would say that a connection was closed, and may notice it before the first has spoken"
+    (tmp_path/'fail.py').write_text(STEP.format(who=who, what=what))
+    quick = ['--method', 'head', '--limit', '64,20,20', '--batch-size', '16', '--epochs', '1', '--no-probe']
+    status,printed = started(2, 'finetune', *quick, '--quiet', '--out', tmp_path/'run', '--plugin', tmp_path/'fail.py')
+    assert 0 not in status and len(printed.splitlines())==1 and said in printed, printed
+    assert 'gloo' not in printed
 
 SLOW = '''import time
 from fastai.callback.core import Callback

@@ -49,13 +49,14 @@ from .prepare import *
 from .claim import *
 from .job import *
 
-# %% ../../nbs/76_finetune.ipynb #b3012687
+# %% ../../nbs/76_finetune.ipynb #09de00c4
 @patch
 def load(self:Job)->tuple: # images, dls and model
     "Images, loaders and backbone, and two lines about what will happen"
     check_batch_size(self.rcp['batch_size'])
     wanted = dict(pick(prepare, self.options), seed=self.seed, quiet=self.quiet, bs=self.rcp['batch_size'], head_std=self.rcp['head_std'])
     with self.step('load'): images,dls,model,self.about = prepare(self.data, **wanted)
+    check_batch_size(dls.train.bs, dls.train.n)
     if dls.device.type=='cuda': torch.cuda.reset_peak_memory_stats(dls.device)
     self.rcp = complete_recipe(self.rcp, model, self.method if self.method in regimes else 'adapters', len(dls.train))
     if self.given: self.given.check(model)

@@ -10,11 +10,12 @@ init after which the model is not the base model any more; the base weights stay
 # %% auto #0
 __all__ = ['share', 'by_root_cost', 'downhill']
 
-# %% ../../nbs/35_gora.ipynb #055bc771
+# %% ../../nbs/35_gora.ipynb #9cf4436d
 import math
 import torch
 from ..lora import *
 from ..adapt import *
+from ..processes import sums_of_all
 from ..scorers.measure import *
 from ..scorers.gradients import *
 from ..scorers.composite import *
@@ -46,7 +47,7 @@ def by_root_cost(
 
 allocators['gora'] = by_root_cost
 
-# %% ../../nbs/35_gora.ipynb #11bdea72
+# %% ../../nbs/35_gora.ipynb #cd28bb20
 @torch.no_grad()
 def downhill(
     model:torch.nn.Module, # Freshly adapted by LoRA; changed in place
@@ -63,6 +64,7 @@ def downhill(
     if batches is None: raise ValueError('the init gora takes gradients: give it batches with targets')
     gradient = GoRA()
     measure(model, batches, [s for layer in layers for s in layer.sites.values()], [gradient], n_batches=n_batches)
+    gradient = sums_of_all(gradient)
     for layer in layers:
         for kind,site in layer.sites.items():
             A,G = layer.lora_A[kind],gradient.sums[site.name]/gradient.count

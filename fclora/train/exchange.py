@@ -15,21 +15,25 @@ from contextlib import ExitStack
 from fastai.callback.core import Callback
 from ..processes import *
 
-# %% ../../nbs/51b_exchange.ipynb #04590e92
+# %% ../../nbs/51b_exchange.ipynb #8273bef5
 def check_batch_size(
-    bs:int # Of the recipe: images a step, over all processes
+    bs:int, # Of the recipe: images a step, over all processes
+    n_images:int=None # For training; fewer than `bs` are one batch
 ):
     "Raise unless the processes can take equal parts of a batch"
     n = world_size()
+    if n_images is not None and n_images<bs and n_images%n:
+        raise ValueError(f'{n_images} training images are one batch, which {n} processes cannot share equally: '
+                         'take a smaller --batch-size, or fewer processes')
     if bs%n: raise ValueError(f'--batch-size {bs} cannot be shared equally by {n} processes; try {bs-bs%n or n} or {bs-bs%n+n}')
 
-# %% ../../nbs/51b_exchange.ipynb #14a4ef81
+# %% ../../nbs/51b_exchange.ipynb #4a48135e
 class Exchange(Callback):
     "Let the Learners of all processes take the steps that one of them would take with whole batches"
     order = -20 # before all others: what they see is of the whole batch
     def before_fit(self):
         "Start from the same weights everywhere"
-        check_batch_size(self.dls.train.bs)
+        check_batch_size(self.dls.train.bs, self.dls.train.n)
         same_weights(self.model)
     def before_train(self):
         "Load the part of this process from here on"
