@@ -12,7 +12,7 @@ __all__ = ['finetune']
 # %% ../../nbs/76_finetune.ipynb #00f8ab86
 import sys,time,warnings
 from pathlib import Path
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 import torch
 from fastcore.basics import patch
@@ -141,26 +141,6 @@ def settle(self:Job,
     self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
 
 # %% ../../nbs/76_finetune.ipynb #4a28eef0
-@patch
-def begin(self:Job,
-    plan:Plan=None # None for head and full
-):
-    "Take the folder: a run that goes on is left as it is, another one is set aside"
-    if self.goes_on or self.begun or not is_first(): return
-    set_aside(self.out)
-    write_options(self.out, self.asked)
-    if plan: plan.save(self.out/'checkpoints/plan.json')
-    self.begun = True
-
-@patch
-@contextmanager
-def kept(self:Job):
-    "In this block an image that turns out to be unreadable ends the run with all that it needs to go on"
-    try: yield
-    except BrokenImage as e:
-        self.begin()
-        raise BrokenImage(f'{e}; what was done is kept, and fclora resume {self.out} goes on') from None
-
 @patch
 def train(self:Job,
     learn # From `fclora_learner`

@@ -22,6 +22,7 @@ from ..report.trackers import *
 from ..train.recipe import *
 from .prepare import *
 from .claim import *
+from ..data.loaders import *
 from ..data.sources import *
 from .asked import *
 from ..calibration.calibrator import *
@@ -102,3 +103,24 @@ def step(self:Job,
         with timed(self.seconds, name): yield
     except torch.OutOfMemoryError:
         raise MemoryError(f'out of GPU memory at batch size {bs}; try --batch-size {max(bs//2, 2)}') from None
+
+# %% ../../nbs/75a_job.ipynb #7564a3bc
+@patch
+def begin(self:Job,
+    plan:Plan=None # None for head and full
+):
+    "Take the folder: a run that goes on is left as it is, another one is set aside"
+    if self.goes_on or self.begun or not is_first(): return
+    set_aside(self.out)
+    write_options(self.out, self.asked)
+    if plan: plan.save(self.out/'checkpoints/plan.json')
+    self.begun = True
+
+@patch
+@contextmanager
+def kept(self:Job):
+    "In this block an image that turns out to be unreadable ends the run with all that it needs to go on"
+    try: yield
+    except BrokenImage as e:
+        self.begin()
+        raise BrokenImage(f'{e}; what was done is kept, and fclora resume {self.out} goes on') from None

@@ -125,7 +125,7 @@ def prepare(
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
     reading = dict(pretrained_input(name, size), data_root=data_root, in_memory=in_memory, cache=cache, progress=not quiet, **split)
     images = load_images(data, **reading) if cache else from_first(load_images, data, **reading) # a cache is open to every process
-    if skip_bad and world_size()>1 and isinstance(images.train[0], list): raise ValueError('--skip-bad needs one process, or --cache FOLDER')
+    if skip_bad and world_size()>1 and isinstance(images.train[0], list): raise ValueError('--skip-bad needs one process, or --cache DIR')
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
