@@ -66,6 +66,7 @@ def new_job(
     **options # Of `prepare`, `plan_model` and `recipe`
 )->Job:
     "Check what can be checked before anything is loaded"
+    source_kind(data) # a slip in its name is said before anything about the model
     track,asked = Trackers(log),dict(data=str(data), method=method, plan=plan, seed=seed, log=log, **options)
     if goes_on: check_same_options(out, asked)
     given = given_plan(plan, dict(options, method=method)) if plan else None

@@ -10,6 +10,10 @@ it resizes adapters of a Learner's model, lets the optimiser go on with the stat
 __all__ = ['schedules', 'rank_tensors', 'take_ranks', 'optimiser_states', 'swap_parameters', 'move_state', 'resized_plan',
            'resize_adapters', 'forget_best', 'Schedule', 'plan_schedules']
 
+# %% ../../nbs/52_schedules.ipynb #fce55501
+import warnings
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # by fastai's import
+
 # %% ../../nbs/52_schedules.ipynb #4ec8adf9
 import math
 from dataclasses import replace
