@@ -66,7 +66,6 @@ def new_job(
     **options # Of `prepare`, `plan_model` and `recipe`
 )->Job:
     "Check what can be checked before anything is loaded"
-    source_kind(data) # a slip in its name is said before anything about the model
     track,asked = Trackers(log),dict(data=str(data), method=method, plan=plan, seed=seed, log=log, **options)
     if goes_on: check_same_options(out, asked)
     given = given_plan(plan, dict(options, method=method)) if plan else None
@@ -74,6 +73,7 @@ def new_job(
     check_asked(data, method, dict(options, seed=seed, save_minutes=save_minutes), given)
     check_calibrator(options.get('calibrator', 'temperature'))
     rcp = recipe_for(method, options)
+    source_kind(data) # a slip in its name is said before anything is loaded
     folder = Path(out) if goes_on else new_folder(out, f'{data_name(data)}-{method}', force)
     return Job(str(data), method, rcp, folder, seed, quiet, given, options, asked=asked, goes_on=goes_on, save_minutes=save_minutes,
                track=track)
