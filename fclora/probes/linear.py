@@ -8,13 +8,14 @@ it is hardly sure of anything, and `start_head` puts either into the heads of a 
 
 # %% auto #0
 __all__ = ['strengths', 'softness', 'Probe', 'spread', 'folded', 'mean_loss', 'fit_linear', 'fold_numbers', 'held_out', 'right',
-           'held_out_table', 'search_effort', 'fit_probe', 'ridge', 'sureness', 'soft_probe', 'start_head']
+           'held_out_table', 'probe_effort', 'fit_probe', 'ridge', 'sureness', 'soft_probe', 'start_head']
 
 # %% ../../nbs/46_probe.ipynb #8674ab81
 from dataclasses import dataclass
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..precision import *
 from .features import *
 
 # %% ../../nbs/46_probe.ipynb #4029b15e
@@ -71,7 +72,8 @@ def fit_linear(
     start:tuple=None, # weight and bias to start from, zeros by default
     steps:int=100, # At most, of L-BFGS
     rows:int=2**14, # Of features in one product
-    weight:torch.Tensor=None # As for `mean_loss`
+    weight:torch.Tensor=None, # As for `mean_loss`
+    bf16:bool=False # Products in 16 bits?
 )->tuple: # weight (c, d), bias (c,)
     "Regularised logistic regression by L-BFGS, on the device of `Z`"
     w,b = start or (torch.zeros(c, Z.shape[1], device=Z.device), torch.zeros(c, device=Z.device))
@@ -82,7 +84,8 @@ def fit_linear(
         total = strength/2*w.square().sum()
         total.backward()
         for z,y in zip(Z.split(rows), targs.split(rows)):
-            loss = mean_loss(z@w.T+b, y, weight)*len(z)/len(Z)
+            with torch.autocast(Z.device.type, torch.bfloat16, enabled=bf16): logits = F.linear(z, w, b)
+            loss = mean_loss(logits.float(), y, weight)*len(z)/len(Z)
             loss.backward()
             total = total.detach()+loss.detach()
         return total
@@ -110,15 +113,14 @@ def held_out(
     strengths:tuple=strengths, # To be tried, from strong to weak; each starts where the last one ended
     folds:int=5, # To cut the images into
     tried:int=None, # Folds that are really left out, all by default
-    steps:int=50, # At most, of L-BFGS at one strength
-    weight:torch.Tensor=None # As for `mean_loss`
+    **kwargs # steps, weight and bf16 of `fit_linear`
 )->torch.Tensor: # (strengths, images, c): logits of every image that was left out
     "Logits for images by regressions that were not fitted to them"
     fold,logits = fold_numbers(targs, folds),[]
     for k in range(tried or folds):
         out,found,path = (fold==k).to(Z.device),None,[]
         for s in strengths:
-            found = fit_linear(Z[~out], targs[~out], c, s, found, steps, weight=weight)
+            found = fit_linear(Z[~out], targs[~out], c, s, found, **dict(steps=50)|kwargs)
             path.append(Z[out]@found[0].T+found[1])
         logits.append(torch.stack(path))
     return torch.cat(logits, 1)
@@ -146,14 +148,14 @@ def held_out_table(
     return [dict(strength=s, nll=mean_loss(l, ys, kwargs.get('weight')).item(), accuracy=right(l, ys)) for s,l in zip(tried, logits)]
 
 # %% ../../nbs/46_probe.ipynb #64e1db0e
-def search_effort(
-    n:int, # Images
-    d:int, # Features
+def probe_effort(
+    Z:torch.Tensor, # (n, heads, d)
     c:int # Classes
-)->dict: # Options of `held_out`
-    "How thoroughly the strength is searched: every fold where that takes seconds, one fold and few steps where it takes minutes"
-    if n*d*c<1e9: return {}
-    return dict(strengths=strengths[::2], tried=1, steps=8)
+)->tuple: # Options of `held_out`, and of `fit_linear` for the last fit
+    "How thoroughly to search and to fit: to the end where that takes seconds; one fold and few steps in 16 bits where it takes minutes"
+    if len(Z)*Z.shape[2]*c<1e9: return {},{}
+    bf16 = has_bf16(Z.device)
+    return dict(strengths=strengths[4::2], tried=1, steps=6, bf16=bf16),dict(steps=15, bf16=bf16)
 
 def fit_probe(
     X:torch.Tensor, # (n, heads, d) features of the training images
@@ -165,10 +167,10 @@ def fit_probe(
     "The logistic regression of each head with the strength that cross-validation chose"
     mean,std = spread(X)
     Z,ys = ((X-mean)/std).to(device),targs.to(device)
-    effort = search_effort(len(Z), Z.shape[2], c)
-    table = held_out_table(Z[:,0], ys, c, weight=weight, **effort)
+    search,last = probe_effort(Z, c)
+    table = held_out_table(Z[:,0], ys, c, weight=weight, **search)
     best = min(table, key=lambda o: o['nll'])
-    fits = [fit_linear(Z[:,h], ys, c, best['strength'], steps=20 if effort else 100, weight=weight) for h in range(Z.shape[1])]
+    fits = [fit_linear(Z[:,h], ys, c, best['strength'], weight=weight, **last) for h in range(Z.shape[1])]
     weight,bias = (torch.stack(o).cpu() for o in zip(*fits))
     return folded(weight, bias, mean, std, **best)
 
