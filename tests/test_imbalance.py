@@ -9,7 +9,8 @@ from conftest import make_images
 from PIL import Image
 from fclora.backbones import create_backbone, image_config
 from fclora.calibration.intervals import calibration_table
-from fclora.calibration.temperature import fit_temperature, scaled_nll
+from fclora.calibration.labels import task_nll
+from fclora.calibration.temperature import fit_temperature
 from fclora.data.loaders import get_dls, score_dl
 from fclora.data.sources import load_images
 from fclora.runs.evaluate import evaluate
@@ -123,8 +124,8 @@ def test_weights_do_not_reach_the_temperature():
     y = torch.randint(3, (200,), generator=torch.Generator().manual_seed(1))
     w = torch.tensor([1.,5.,9.])
     T = fit_temperature(z, y)
-    assert scaled_nll(z, y, w)==pytest.approx(F.cross_entropy(z.double()/T, y, weight=w.double()).item())
-    assert scaled_nll(z, y, torch.ones(3))==pytest.approx(scaled_nll(z, y))
+    assert task_nll(z, y, w)==pytest.approx(F.cross_entropy(z.double()/T, y, weight=w.double()).item())
+    assert task_nll(z, y, torch.ones(3))==pytest.approx(task_nll(z, y))
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6))

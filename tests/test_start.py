@@ -19,7 +19,8 @@ from fclora.probes.features import batch_features, head_features, head_linears
 from fclora.probes.linear import fit_linear, fit_probe, fold_numbers, right, soft_probe, spread, start_head
 from fclora.probes.start import first_look, soft_start
 from fclora.planning import plan_model
-from fclora.runs.finetune import finetune, scaled_nll
+from fclora.calibration.labels import task_nll
+from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_model, load_run
 from fclora.train.learner import fclora_learner
 from fclora.train.logits import get_logits
@@ -167,7 +168,7 @@ def test_the_best_epoch_is_what_is_stored(tmp_path):
     assert 1<=kept<=3
     stored,_ = load_model(out)
     dls = get_dls(load_images('digits', limit=few['limit']), **run.config['image'], device='cpu')
-    assert scaled_nll(*get_logits(stored, dls.valid))==pytest.approx(run.metrics['valid']['nll'], abs=1e-3)
+    assert task_nll(*get_logits(stored, dls.valid))==pytest.approx(run.metrics['valid']['nll'], abs=1e-3)
 
 # --- the papers' recipe
 

@@ -9,7 +9,7 @@ here guesses which of the two it was given. Arithmetic is in float64 on the CPU.
 
 # %% auto #0
 __all__ = ['check_targs', 'check_T', 'check_logits', 'confidence', 'top1', 'class_accuracy', 'nll', 'brier', 'nll_slopes',
-           'newton_root', 'bound_reason', 'fit_temperature', 'scaled_nll', 'Calibrated']
+           'newton_root', 'bound_reason', 'fit_temperature', 'Calibrated']
 
 # %% ../../nbs/60_temperature.ipynb #ccb36c39
 import math,warnings
@@ -175,18 +175,6 @@ def fit_temperature(
     if nll(x, y, T)>=nll(x, y): return 1.
     if T in (lo,hi): warnings.warn(bound_reason(T, T==lo, top1(x, y)), stacklevel=2)
     return float(T)
-
-# %% ../../nbs/60_temperature.ipynb #39e7ae91
-def scaled_nll(
-    logits, # (n, c)
-    targs, # (n,)
-    weight=None # (c,) what each class counts in the mean; the temperature is fitted without
-)->float:
-    "Mean loss at the temperature that suits these logits best: what calibration will make of them"
-    T = fit_temperature(logits, targs)
-    if weight is None: return nll(logits, targs, T)
-    x,y = check_logits(logits, targs)
-    return F.cross_entropy(x/T, y, weight=weight.double()).item()
 
 # %% ../../nbs/60_temperature.ipynb #85e66648
 class Calibrated(nn.Module):

@@ -128,17 +128,28 @@ def save(self:Job,
 
 # %% ../../nbs/76_finetune.ipynb #0432b324
 @patch
+def logits(self:Job,
+    learn, # Trained
+    dl, # Batches of images and targets
+    what:str # Text of the progress bar
+)->tuple: # logits (n, c), targs (n,)
+    "Logits for the images of `dl`, in the precision of the run"
+    return get_logits(learn.model, dl, '' if self.quiet else what, learn.recipe['precision'])
+
+@patch
 def settle(self:Job,
     learn, # Trained, with the weights of its best epoch
     best, # `KeepBest` that trained along
     before:dict # As for `back_to_probe`
 ):
-    "Note which epoch was kept; the probe counts as epoch 0, so the result is never worse than it on the validation images"
+    "Note which epoch was kept; the probe counts as epoch 0, and stays where nothing is clearly better on the validation images"
     self.measured['epoch_kept'] = len(self.history)-len(best.losses)+best.epoch_kept+1
-    if self.look is None or best.loss(*self.look.valid)>min(best.losses): return
+    if self.look is None: return
+    logits,targs = self.logits(learn, learn.dls.valid, 'comparing with the probe')
+    if from_first(lambda: clearly_better(logits, self.look.valid[0], targs, learn.counted)): return
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
-    self.say('no epoch was better than the linear probe on the validation images: the probe is kept, without adapters')
+    self.say('no epoch was clearly better than the linear probe on the validation images: the probe is kept, without adapters')
 
 # %% ../../nbs/76_finetune.ipynb #4a28eef0
 @patch
@@ -170,15 +181,6 @@ def train(self:Job,
     for cb in best: self.settle(learn, cb, before)
 
 # %% ../../nbs/76_finetune.ipynb #d7498077
-@patch
-def logits(self:Job,
-    learn, # Trained
-    dl, # Batches of images and targets
-    what:str # Text of the progress bar
-)->tuple: # logits (n, c), targs (n,)
-    "Logits for the images of `dl`, in the precision of the run"
-    return get_logits(learn.model, dl, '' if self.quiet else what, learn.recipe['precision'])
-
 @patch
 def calibrate(self:Job,
     learn # Trained
