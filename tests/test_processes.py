@@ -2,8 +2,16 @@
 import json, multiprocessing, os, signal, subprocess, sys, time
 import pytest, torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fclora.adapt import freeze
+from fclora.backbones import create_backbone
 from fclora.cli import check_processes, main
+from fclora.find import find_sites
+from fclora.make_plan import make_plan
 from fclora.plan import Plan
 from fclora.runs.folder import load_run
 from fclora.runs.resume import resume
@@ -167,3 +175,46 @@ def test_interrupted_and_taken_up_by_another_number_of_processes(runs, tmp_path)
     assert run.metrics['resumed'] and run.metrics['processes']==1
     straight = load_file(runs[1][0]/'adapter.safetensors')
     for k,w in load_file(out/'adapter.safetensors').items(): torch.testing.assert_close(w, straight[k], rtol=1e-4, atol=1e-5)
+
+# --- FSDP2, for models of which one device cannot hold everything
+
+def three_steps(model, images, labels):
+    "Losses of three steps, of the part of the batch that this process sees"
+    opt,losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2),[]
+    for _ in range(3):
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+def sharded(rank, folder):
+    "Frozen weights, adapters and head in halves, one in each of two processes"
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model,images,labels = torch.load(folder/'made.pt', weights_only=False)
+    whole,mesh = sum(p.numel() for p in model.parameters()),init_device_mesh('cpu', (2,))
+    for m in (*model.blocks, model): fully_shard(m, mesh=mesh)
+    half = slice(4*rank, 4*rank+4)
+    losses = three_steps(model, images[half], labels[half])
+    dist.all_reduce(losses)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    here = sum(p.to_local().numel() for p in model.parameters())
+    if rank==0: torch.save((losses/2, state, here/whole), folder/'found.pt')
+    dist.destroy_process_group()
+
+@pytest.mark.parametrize('adapter', ['lora','dora'])
+def test_an_adapted_model_trains_in_shards(tmp_path, adapter):
+    torch.manual_seed(0)
+    model = create_backbone('vit_pico', 10)
+    freeze(make_plan('vit_pico', find_sites(model), method='uniform', budget=36, adapter=adapter).adapt(model))
+    for n,p in model.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=.05) # so that both factors learn from the first step
+    images,labels = torch.randn(8, 3, 32, 32),torch.arange(8)
+    torch.save((model, images, labels), tmp_path/'made.pt')
+    torch.multiprocessing.spawn(sharded, (tmp_path,), nprocs=2)
+    losses,state,share = torch.load(tmp_path/'found.pt')
+    torch.testing.assert_close(losses, three_steps(model, images, labels))
+    for k,v in model.state_dict().items(): torch.testing.assert_close(state[k], v, rtol=1e-3, atol=1e-4)
+    assert .49<share<.52

@@ -149,7 +149,9 @@ def settle(self:Job,
     if from_first(lambda: clearly_better(logits, self.look.valid[0], targs, learn.counted)): return
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
-    self.say('no epoch was clearly better than the linear probe on the validation images: the probe is kept, without adapters')
+    falling = best.epoch_kept==len(best.losses)-1
+    self.say('no epoch was clearly better than the linear probe on the validation images: the probe is kept, without adapters'
+             +falling*'; the loss was still falling, so more --epochs may help')
 
 # %% ../../nbs/76_finetune.ipynb #4a28eef0
 @patch
