@@ -1,7 +1,7 @@
 "A run that was stopped goes on to the same result, and its folder can be loaded at any moment"
 import errno, multiprocessing, os, random, shutil, signal, time
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
@@ -9,11 +9,12 @@ from fclora.adapt import adapter_params
 from fclora.backbones import create_backbone, image_config
 from fclora.data.loaders import get_dls
 from fclora.data.sources import load_images
-from fclora.planning import plan_model
+from fclora.planning import ScoringMemory, plan_model
 from fclora.runs.claim import claimed, is_done, set_aside, status_of, tidy, was_stopped
 from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_run, save_run
 from fclora.runs.resume import resume
+from fclora.scorers import measure as measuring
 from fclora.train.callbacks import KeepBest, KeepEpochs, trained_state
 from fclora.train.checkpoint import Checkpoints, last_checkpoint, save_checkpoint
 from fclora.train.learner import FCLoRALearner, fclora_learner
@@ -160,6 +161,21 @@ def test_resume_by_the_folder_alone(straight, processes, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='went to its end'): resume(tmp_path/'run')
     with pytest.raises(ValueError, match='no run'): finetune(**ASKED, out=str(tmp_path/'none'), resume=True)
     assert not (tmp_path/'none').exists()
+
+def test_scoring_goes_on_where_it_was_stopped(tmp_path, monkeypatch, one_thread):
+    asked,seen,shown = dict(ASKED, epochs=1, score_batches=8),[],measuring.look
+    theirs = finetune(**asked, out=str(tmp_path/'straight'), quiet=True)
+    def look(*args):
+        seen.append(args[-1])
+        if len(seen)==6: raise KeyboardInterrupt
+        return shown(*args)
+    monkeypatch.setattr(measuring, 'look', look)
+    monkeypatch.setattr('fclora.runs.finetune.ScoringMemory', partial(ScoringMemory, minutes=0))
+    with pytest.raises(KeyboardInterrupt): finetune(**asked, out=str(tmp_path/'run'), quiet=True)
+    assert was_stopped(tmp_path/'run') and not (tmp_path/'run/checkpoints/plan.json').exists()
+    run = resume(tmp_path/'run', quiet=True)
+    assert seen==[1,2,3,4,5,6,6,7,8] and run.plan.metrics==theirs.plan.metrics and run.plan.ranks==theirs.plan.ranks
+    assert (tmp_path/'run/adapter.safetensors').read_bytes()==(tmp_path/'straight/adapter.safetensors').read_bytes()
 
 def test_the_old_run_stays_until_the_new_one_is_done(straight, processes, tmp_path):
     theirs,seconds = straight

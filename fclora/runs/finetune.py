@@ -92,7 +92,9 @@ def allocate(self:Job,
     if self.goes_on: plan = from_first(lambda: Plan.load(kept) if kept.is_file() else self.given)
     if plan is None:
         name,wanted = self.about['model']['name'],pick(plan_model, self.options, ['model'])
-        with self.step('score'): found = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, **wanted)
+        memory = ScoringMemory(self.out/'checkpoints/scoring', begin=self.begin)
+        with self.step('score'):
+            found = plan_model(model, dls, self.method, name=name, seed=self.seed, progress=not self.quiet, memory=memory, **wanted)
         plan = from_first(lambda: found)
     self.say(plan)
     return plan
@@ -243,7 +245,7 @@ def report(self:Job,
 
 # %% ../../nbs/76_finetune.ipynb #8124146b
 @delegates(prepare, but=['data','bs','head_std'])
-@delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
+@delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress','memory'])
 @delegates(recipe, keep=True, but=['base'])
 @delegates(fit_calibration, keep=True, but=['logits','targs','seed'])
 def finetune(

@@ -111,11 +111,12 @@ def begin(self:Job,
     plan:Plan=None # None for head and full
 ):
     "Take the folder: a run that goes on is left as it is, another one is set aside"
-    if self.goes_on or self.begun or not is_first(): return
-    set_aside(self.out)
-    write_options(self.out, self.asked)
+    if not is_first(): return
+    if not (self.goes_on or self.begun):
+        set_aside(self.out)
+        write_options(self.out, self.asked)
+        self.begun = True
     if plan: plan.save(self.out/'checkpoints/plan.json')
-    self.begun = True
 
 @patch
 @contextmanager

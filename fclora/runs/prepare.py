@@ -147,7 +147,7 @@ def print_profile(
     print(f'peak at block {profile.accuracy.idxmax()}; picture in {file}')
 
 @delegates(prepare, but=['data','bs','head_std'])
-@delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress'])
+@delegates(plan_model, keep=True, but=['model','dls','method','name','seed','progress','memory'])
 def score(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     method:str='fclora', # fclora, uniform, or another that fclora systems lists

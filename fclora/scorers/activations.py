@@ -47,12 +47,16 @@ class RunningVar:
 class CovTrace(Scorer):
     "Trace of the covariance of a site's output, over all tokens of all samples"
     name = 'cov'
-    def start(self, model, sites): self.sites,self.vars = sites,{s.name:RunningVar() for s in sites}
+    def start(self, model, sites):
+        self.sites,self.vars,self.device = sites,{s.name:RunningVar() for s in sites},next(model.parameters()).device
     def update(self, seen):
         for s in self.sites: self.vars[s.name].update(seen.outputs(s))
     def result(self): return {name:v.var.sum().item() for name,v in self.vars.items()}
     def add(self, other):
         for name,v in self.vars.items(): v.add(other.vars[name])
+    def state_dict(self): return {name:dict(vars(v)) for name,v in self.vars.items()}
+    def load_state_dict(self, state):
+        for name,v in self.vars.items(): v.n,v.mean,v.M2 = state[name]['n'],*(state[name][k].to(self.device) for k in ('mean','M2'))
 
 # %% ../../nbs/12_activations.ipynb #54c89135
 class RunningCov:

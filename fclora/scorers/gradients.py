@@ -57,6 +57,9 @@ class GoRA(Scorer):
     def add(self, other):
         self.sums = {n:g+other.sums[n] for n,g in self.sums.items()}
         self.count += other.count
+    def state_dict(self): return dict(sums=self.sums, count=self.count)
+    def load_state_dict(self, state):
+        self.sums,self.count = {n:g.to(self.weights[n].device) for n,g in state['sums'].items()},state['count']
 
     def sensitivity(self,
         site:Site # One of `self.sites`

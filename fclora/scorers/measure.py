@@ -190,6 +190,14 @@ class Scorer:
     ):
         "Take in the sums of `other`"
         self.total,self.count = self.total+other.total,self.count+other.count
+    def state_dict(self):
+        "The sums so far, of dictionaries, tensors and numbers; None where a scorer keeps others and does not say how to write them down"
+        return dict(total=self.total, count=self.count) if hasattr(self, 'total') else None
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on from these sums"
+        self.total,self.count = state['total'],state['count']
     def _by_name(self, values): return dict(zip([s.name for s in self.sites], values.tolist()))
 
 def check_finite(
@@ -259,7 +267,8 @@ def measure(
     n_batches:int=100, # At most this many batches are used
     progress:bool=False, # Show a progress bar?
     precision:str='fp32', # Of the products: auto, fp32 or bf16; sums are in 32 bits or more
-    settled=None # Asked with the metrics so far and the number of batches, after 8, 16, 32, ...; the pass ends when it says yes
+    settled=None, # Asked with the metrics so far and the number of batches, after 8, 16, 32, ...; the pass ends when it says yes
+    memory=None # Writes the sums down on the way, and gives those of an interrupted pass back; see `ScoringMemory`
 )->dict: # {metric: {site name: value}}
     "Feed every scorer with the same few batches"
     sites = sites or find_sites(model)
@@ -268,17 +277,21 @@ def measure(
     apart = world_size()>1 and all(s.adds for s in scorers)
     n,ask_at,total = 0,8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
+    done = memory.restore(scorers) if memory else 0
+    while ask_at<=done: ask_at *= 2
     with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision), ExitStack() as stack:
         model.requires_grad_(False)
         for s in sites: site_weight(model, s).requires_grad_(bool(needs))
         for s in scorers: stack.enter_context(s.watching(model))
         some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
         for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
+            if n<=done: continue
             if not apart or my_turn(n):
                 seen = look(model, sites, batch, needs, loss_func, n)
                 for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
             if settled and n==ask_at:
                 if settled(_results(scorers, apart), n): break
                 ask_at *= 2
+            if memory: memory.keep(scorers, n)
     if not n: raise ValueError('no batch to score: the data are empty')
     return _results(scorers, apart)
