@@ -33,8 +33,9 @@ def clearly_better(
     targs:Tensor, # (n,) classes, or (n, c) zeros and ones
     weight:Tensor=None # As for `task_losses`
 )->bool:
-    "Are `logits` better by more than two standard errors, in loss or in accuracy?"
-    return any(bool(o.mean()>2*o.std()/len(o)**.5) for o in image_gains(logits, other, targs, weight))
+    "Are `logits` better by more than one standard error, loss and accuracy together?"
+    gain = sum(o/o.std().clamp(min=1e-12) for o in image_gains(logits, other, targs, weight))
+    return bool(gain.mean()>gain.std()/len(gain)**.5)
 
 # %% ../../nbs/58_fallback.ipynb #17352c18
 def back_to_probe(
