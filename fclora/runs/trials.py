@@ -71,7 +71,7 @@ def search_space(
     "Where to look: around the recipe's values, and for adapters also their budget, kinds and depth"
     job,model = problem.job,problem.model
     rate = 'head_lr' if job.method=='head' else 'lr'
-    space = {rate:(job.rcp[rate]/10, 10*job.rcp[rate]), 'cutmix':[0., 1.]}
+    space = {rate:(job.rcp[rate]/10, 10*job.rcp[rate]), 'cutmix':[None, 0., 1.]}
     if problem.regime=='adapters':
         budget,depth = job.options.get('budget', 100),1+max(s.block for s in find_sites(model, _kinds))
         space.update(budget=(max(1, budget//2), 4*budget), kinds=kind_choices(model), from_block=[0, depth//3, 2*depth//3])
@@ -82,8 +82,7 @@ def default_settings(
     space:dict # From `search_space`
 )->dict: # {option: value}
     "What `finetune` would take for the options of `space`"
-    own = dict(budget=100, kinds='q,k,v', from_block=0, **{k:v for k,v in problem.job.rcp.items() if k in ('lr','head_lr')},
-               cutmix=problem.job.rcp['cutmix'] or 0.)
+    own = dict(budget=100, kinds='q,k,v', from_block=0, **{k:v for k,v in problem.job.rcp.items() if k in ('lr','head_lr','cutmix')})
     return {k:own[k] for k in space}
 
 # %% ../../nbs/87a_trials.ipynb #9a66648a
