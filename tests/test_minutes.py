@@ -100,18 +100,6 @@ def test_too_few_minutes_are_refused_with_a_number_that_suffices():
     enough = float(re.search(r'--minutes ([\d.]+)', str(e.value))[1])
     assert room(enough, 20, 1., .1, 100, 10, 20, whole=True)[1]>=1
 
-def test_cutmix_follows_from_the_steps_that_fit(make):
-    def fit_epochs(learn): plan_minutes(learn, clock=Clock(.3), say=lambda *a: None) # a tenth of a second a step
-    learn = make(epochs=200, minutes=60)
-    fit_epochs(learn)
-    assert learn.recipe['cutmix']==1 and hasattr(learn, 'cut_mix')
-    learn = make(epochs=200, minutes=1)
-    fit_epochs(learn)
-    assert learn.recipe['cutmix']==0 and not hasattr(learn, 'cut_mix')
-    learn = make(epochs=200, minutes=1, cutmix=.5)
-    fit_epochs(learn)
-    assert learn.recipe['cutmix']==.5
-
 def test_time_enough_changes_nothing(tmp_path, capsys):
     weights = []
     for args in ([], ['--minutes','600']):

@@ -16,7 +16,8 @@ from fclora.plan import Plan
 from fclora.runs.folder import load_run
 from fclora.runs.resume import resume
 
-ASKED = ['--limit', '128,50,50', '--epochs', '2', '--batch-size', '16', '--budget', '36', '--score-batches', '6', '--no-probe', '--quiet']
+ASKED = ['--limit', '128,50,50', '--epochs', '2', '--batch-size', '16', '--budget', '36', '--score-batches', '6', '--no-probe',
+         '--cutmix', '0', '--quiet']
 LAUNCHERS = dict(torchrun=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'],
                  accelerate=['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
                              '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0'])

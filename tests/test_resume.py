@@ -15,7 +15,7 @@ from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_run, save_run
 from fclora.runs.resume import resume
 from fclora.scorers import measure as measuring
-from fclora.train.callbacks import KeepBest, KeepEpochs, trained_state
+from fclora.train.callbacks import KeepBest, KeepEpochs, LateCutMix, trained_state
 from fclora.train.checkpoint import Checkpoints, last_checkpoint, save_checkpoint
 from fclora.train.learner import FCLoRALearner, fclora_learner
 from fclora.train.recipe import recipe
@@ -39,7 +39,7 @@ def plan_of(images, method):
 def made(images, method, **options):
     "A Learner, the same at every call"
     model,dls = model_and_dls(images)
-    return fclora_learner(dls, model, plan_of(images, method), recipe(epochs=3, cutmix=1., **options))
+    return fclora_learner(dls, model, plan_of(images, method), recipe(epochs=3, **dict(cutmix=1.)|options))
 
 def fit(learn, *cbs):
     with ExitStack() as stack:
@@ -62,6 +62,17 @@ def test_the_weights_are_those_of_a_training_that_was_never_stopped(images, tmp_
         stopped(made(images, method, **options), tmp_path/str(step), step)
         assert last_checkpoint(tmp_path/str(step))['train_iter']==step
         same(fit(made(images, method, **options), Checkpoints(tmp_path/str(step))), straight)
+
+def test_cutmix_that_has_begun_goes_on(images, tmp_path, one_thread):
+    class Knows(Callback):
+        "The model is said to know the images by heart after the first epoch"
+        order = LateCutMix.order+1
+        def after_epoch(self): self.learn.late_cut_mix.on = True
+    def late(): return made(images, 'head', cutmix=None)
+    straight,learn = fit(late(), Knows()),late()
+    with pytest.raises(KeyboardInterrupt): fit(learn, Knows(), Checkpoints(tmp_path, stop=lambda: learn.train_iter>=6)) # in the second
+    same(fit(late(), Knows(), Checkpoints(tmp_path)), straight)
+    assert fit(late())['losses']!=straight['losses']
 
 def test_stopped_twice(images, tmp_path, one_thread):
     straight = fit(made(images, 'fclora'))

@@ -33,13 +33,13 @@ def fake(monkeypatch):
         return asked
     return fake
 
-space = dict(lr=(5e-4, 5e-2), cutmix=[0., 1.], budget=(50, 400))
+space = dict(lr=(5e-4, 5e-2), cutmix=[None, 0., 1.], budget=(50, 400))
 
 def test_the_recipe_comes_first_and_the_worse_ends_early(problem, tmp_path, fake):
     problem.job.options['epochs'] = 9
     fake([.9,.8,.7]+[.6]*6, [1.5]*9, [.5]*9, [.95]*9)
     rows = search(problem, open_study(tmp_path), space, trials=4, say=lambda text: None)
-    assert rows[0]['settings']==dict(lr=problem.job.rcp['lr'], cutmix=0., budget=100)
+    assert rows[0]['settings']==dict(lr=problem.job.rcp['lr'], cutmix=None, budget=100)
     assert [(o['state'],o['epochs']) for o in rows]==[('finished',9), ('pruned',1), ('finished',9), ('pruned',1)]
     assert best_row(rows)['trial']==2 and rows[1]['nll']==1.5
 
