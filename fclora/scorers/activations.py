@@ -11,6 +11,7 @@ __all__ = ['RunningVar', 'CovTrace', 'RunningCov', 'InputPCA', 'ExplainedVar']
 
 # %% ../../nbs/12_activations.ipynb #9b8ce0fa
 import torch
+from fastcore.basics import patch
 from .measure import *
 
 # %% ../../nbs/12_activations.ipynb #f8546030
@@ -114,6 +115,19 @@ class ExplainedVar(InputPCA):
     ):
         self.k = k
     def result(self): return {name:share[:self.k].sum().item() for name,(share,_) in super().result().items()}
+
+# %% ../../nbs/12_activations.ipynb #12d00002
+@patch
+def state_dict(self:Scorer)->dict: # Of dictionaries, tensors and numbers; None where a scorer keeps other sums and does not say how
+    "The sums so far"
+    return dict(total=self.total, count=self.count) if hasattr(self, 'total') else None
+
+@patch
+def load_state_dict(self:Scorer,
+    state:dict # From `state_dict`
+):
+    "Go on from these sums"
+    self.total,self.count = state['total'],state['count']
 
 # %% ../../nbs/12_activations.ipynb #f9d0d326
 scorers.update(cov=CovTrace, explained_var=ExplainedVar)

@@ -178,9 +178,8 @@ class Scorer:
         seen:Seen # What one batch shows
     ):
         "Take in the batch `seen`"
-        values = torch.stack([torch.as_tensor(self.value(seen, s)) for s in self.sites]).cpu().double()
+        n,values = self.batch_weight(seen),torch.stack([torch.as_tensor(self.value(seen, s)) for s in self.sites]).cpu().double()
         check_finite(self.name, self._by_name(values), f'in scoring batch {seen.number}')
-        n = self.batch_weight(seen)
         self.total,self.count = self.total+n*values,self.count+n
     def result(self):
         "{site name: value} of all batches so far"
@@ -190,14 +189,6 @@ class Scorer:
     ):
         "Take in the sums of `other`"
         self.total,self.count = self.total+other.total,self.count+other.count
-    def state_dict(self):
-        "The sums so far, of dictionaries, tensors and numbers; None where a scorer keeps others and does not say how to write them down"
-        return dict(total=self.total, count=self.count) if hasattr(self, 'total') else None
-    def load_state_dict(self,
-        state:dict # From `state_dict`
-    ):
-        "Go on from these sums"
-        self.total,self.count = state['total'],state['count']
     def _by_name(self, values): return dict(zip([s.name for s in self.sites], values.tolist()))
 
 def check_finite(
@@ -230,8 +221,7 @@ def look(
     return seen
 
 # %% ../../nbs/10_measure.ipynb #eab8e5e8
-scorers = {}
-default_scorers = ('fisher','grad','cov')
+scorers,default_scorers = {},('fisher','grad','cov')
 
 def _made(scorer):
     "The scorer itself, from an instance, a class or a name in `scorers`"
@@ -271,21 +261,18 @@ def measure(
     memory=None # Writes the sums down on the way, and gives those of an interrupted pass back; see `ScoringMemory`
 )->dict: # {metric: {site name: value}}
     "Feed every scorer with the same few batches"
-    sites = sites or find_sites(model)
-    scorers = [_made(s) for s in scorers or default_scorers]
-    needs = {o for s in scorers for o in s.needs}
-    apart = world_size()>1 and all(s.adds for s in scorers)
-    n,ask_at,total = 0,8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
+    sites,scorers = sites or find_sites(model),[_made(s) for s in scorers or default_scorers]
+    needs,apart = {o for s in scorers for o in s.needs},world_size()>1 and all(s.adds for s in scorers)
+    ask_at,total = 8,min(n_batches, len(batches)) if hasattr(batches, '__len__') else n_batches
     for s in scorers: s.start(model, sites)
-    done = memory.restore(scorers) if memory else 0
+    n = done = memory.restore(scorers) if memory else 0
     while ask_at<=done: ask_at *= 2
     with preserved(model), torch.set_grad_enabled(bool(needs)), autocast(model, precision), ExitStack() as stack:
         model.requires_grad_(False)
         for s in sites: site_weight(model, s).requires_grad_(bool(needs))
         for s in scorers: stack.enter_context(s.watching(model))
-        some = islice(batches, n_batches) # inside the block: a DataLoader draws a random number when it begins
-        for n,batch in enumerate(tqdm(some, 'scoring', total, disable=None if progress else True, leave=False), 1):
-            if n<=done: continue
+        some = islice(batches, done, n_batches) # inside the block: a DataLoader draws a random number when it begins
+        for n,batch in enumerate(tqdm(some, 'scoring', total, initial=done, disable=None if progress else True, leave=False), done+1):
             if not apart or my_turn(n):
                 seen = look(model, sites, batch, needs, loss_func, n)
                 for s in sorted(scorers, key=lambda s: s.runs_again): s.update(seen) # others first: they still have hooks on the model
