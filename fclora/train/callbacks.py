@@ -137,9 +137,10 @@ class LateCutMix(CutMix):
         "Start without"
         self.on = False
     def after_epoch(self):
-        "Compare the losses of this epoch"
-        _,training,validation,*_ = self.recorder.log
-        self.on = self.on or from_first(lambda: training<validation)
+        "Compare the losses of this epoch; `lr_find` and `validate` do not have both"
+        seen = dict(zip(self.recorder.metric_names, self.recorder.log))
+        training,validation = seen.get('train_loss'),seen.get('valid_loss')
+        if None not in (training, validation): self.on = self.on or from_first(lambda: training<validation)
     def state_dict(self):
         "For a checkpoint: has it begun?"
         return dict(on=self.on)
