@@ -151,8 +151,9 @@ def recipe_cbs(
     "The callbacks that `rcp` asks for"
     cbs = [StopOnNaN()] + [Exchange()]*(world_size()>1)
     if rcp['clip']: cbs.append(GradientClip(rcp['clip']))
-    if rcp['cutmix'] is None: cbs.append(LateCutMix())
-    elif rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
+    same = rcp['class_weights']=='none' and not rcp['balanced'] # else training and validation losses do not compare
+    if rcp['cutmix'] is None and same: cbs.append(LateCutMix())
+    if rcp['cutmix']: cbs.append(CutMix(float(rcp['cutmix'])))
     if rcp.get('ema'): cbs.append(EMA(rcp['ema']))
     if chosen_precision(rcp['precision'], model)=='bf16': cbs.append(AutoMixedPrecision())
     return cbs
