@@ -31,7 +31,7 @@ def recipe(
     wd:float=.05, # AdamW's decoupled weight decay; never on biases and norms
     schedule:str='cosine', # cosine (no warm-up) or onecycle
     pct_start:float=.25, # Share of one-cycle that warms up
-    cutmix:float=None, # Beta parameter of CutMix; 0 turns it off; by default it begins when training loss < validation loss, without class weights
+    cutmix:float=None, # Beta parameter of CutMix; 0 turns it off; by default from when training loss < validation loss, if unweighted
     smoothing:float=.1, # Label smoothing
     class_weights:str='none', # What an image of a class counts: none, auto (effective number), inverse, effective, or a CSV of label,weight
     balanced:bool=False, # Draw training images so that each class comes equally often
