@@ -13,6 +13,7 @@ from fclora.sites import is_head
 from fclora.studies.bench import *
 from fclora.studies.contenders import *
 from fclora.studies.parts import *
+from fclora.studies.scaling import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 kw = dict(model='vit_pico', batch_size=2, steps=2, warmup=0, rank=2, device='cpu', models='')
@@ -166,6 +167,21 @@ def test_a_part_has_rows_with_positive_numbers(part):
     assert list(table.index)==list(block['rows']) and not table.map(lambda o: not isinstance(o, str)).any().any()
     if part=='memory': assert block['measure']=='bytes kept for the backward pass'
     if part=='inference': assert block['rows']['merged']['max_diff']<1e-4
+
+def test_two_processes_beside_one():
+    block = bench_parts['processes'](setup(steps=2))
+    rows,ring = block['rows'],block['ring']
+    assert {k.split(', ')[1] for k in rows}=={'one','shared'} and len(rows)==9
+    assert all(r['speedup']*r['ratio']==pytest.approx(1) for r in rows.values())
+    assert ring['bandwidth']>0 and list(bench_table(block).columns)==['ms','ratio','25 %','75 %','times faster','predicted ms']
+    for k,r in rows.items():
+        if 'predicted' in r: assert r['predicted']==pytest.approx(rows[f'{k}, no exchange']['seconds']+exchange_seconds(block['bytes'], 2, **ring))
+
+def test_a_ring_takes_what_its_line_takes():
+    assert exchange_seconds(8_000_000, 2, 0, 1e6)==pytest.approx(8) # two messages of half the bytes
+    assert exchange_seconds(0, 5, .1, 1e6)==pytest.approx(.8)
+    fit = fit_ring([1e3,1e6], [exchange_seconds(b, 3, 1e-4, 1e9) for b in (1e3,1e6)], 3)
+    assert fit==pytest.approx(dict(latency=1e-4, bandwidth=1e9))
 
 def test_calibration_goes_on_without_torchmetrics(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchmetrics.functional.classification', None)
