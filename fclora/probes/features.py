@@ -78,16 +78,19 @@ def head_features(
     model:nn.Module, # Not adapted; left as it is
     dl, # Batches with targets, in any order; `len(dl.dataset)` samples
     progress:str='', # Text of a progress bar, none by default
-    precision:str='auto' # Of the products: auto, fp32 or bf16
+    precision:str='auto', # Of the products: auto, fp32 or bf16
+    most:int=None # Images to look at, the first of `dl`; all by default
 )->tuple: # (n, heads, d) float32 and targets, on the CPU
-    "What the heads of `model` see of every image of `dl`"
-    room,targs,at = None,[],0
+    "What the heads of `model` see of the images of `dl`"
+    n,room,targs,at = min(len(dl.dataset), most or len(dl.dataset)),None,[],0
     with preserved(model), torch.inference_mode(), autocast(model, precision), head_in_fp32(model), sharing(dl) as whole:
         for batch in tqdm(dl, progress, disable=None if progress else True, leave=False):
             rows,ys = whole(*batch_features(model, batch))
-            if room is None: room = feature_room((len(dl.dataset), *rows.shape[1:]))
+            rows,ys = rows[:n-at],ys[:n-at]
+            if room is None: room = feature_room((n, *rows.shape[1:]))
             room[at:at+len(rows)] = rows.cpu()
             targs.append(ys.cpu())
             at += len(rows)
+            if at==n: break
     if room is None: raise ValueError('there are no images to compute features of')
     return room[:at],torch.cat(targs).clone()
