@@ -89,6 +89,7 @@ def look_text(
     seconds = look.image_seconds*(step_passes*n_train+n)*epochs
     start = f'the head starts at {look.start_accuracy:.1%}' if head=='probe' else 'the head starts afresh'
     drawn = f' of {probe_images:,} training images' if n_train>probe_images else ''
-    text = f'linear probe{drawn}: {look.accuracy:.1%} (±{points:.1f}) of {n} validation images; {start}; training takes about {duration(seconds)}'
+    text = f'linear probe{drawn}: {look.accuracy:.1%} (±{points:.1f}) of {n} validation images; {start}; ' \
+           f'training takes about {duration(seconds)}'
     if points<=2.5: return text
     return f'{text}\nso few validation images cannot tell a gain of less than {2*points:.0f} points from noise'

@@ -152,7 +152,7 @@ def settle(self:Job,
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
     falling = best.epoch_kept==len(best.losses)-1
-    self.say('no epoch has a lower loss than the linear probe and as many hits on the validation images: the probe is kept, without adapters'
+    self.say('no epoch beats the linear probe in loss and accuracy on the validation images: the probe is kept, without adapters'
              +falling*'; the loss was still falling, so more --epochs may help')
 
 # %% ../../nbs/76_finetune.ipynb #4a28eef0

@@ -12,7 +12,6 @@ __all__ = ['exchanged', 'exchange_seconds', 'fit_ring', 'shared_step', 'met', 't
 
 # %% ../../nbs/studies/01a_scaling.ipynb #96cbc7a3
 import json,tempfile
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
