@@ -38,7 +38,7 @@ themes = {
     'Ranks and adapters': 'method methods plan budget unit lo hi kinds include from_block allocator adapter init lora_alpha scaling '
                           'rslora dropout rank parts',
     'Scoring': 'weights normaliser score_batches score_bs settle head_warmup profile',
-    'Training': 'recipe epochs minutes trials steps warmup lr lrs b_ratio head_lr wd schedule pct_start cutmix mixup patch_drop smoothing '
+    'Training': 'recipe epochs minutes trials steps warmup lr lrs lr_seeds b_ratio head_lr wd schedule pct_start cutmix mixup patch_drop smoothing '
                 'clip head head_std probe keep patience ema class_weights balanced recover',
     'Calibration': 'calibrator hold_out',
     'Answers': 'top_k sets set_score min_confidence max_error tta calibrated probs',

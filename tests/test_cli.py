@@ -121,6 +121,17 @@ def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
     assert main([*args, '--seeds', 'a,b'])==1
     assert '0,1,2' in capsys.readouterr().err
 
+def test_other_seeds_choose_the_learning_rate(folder, tmp_path, capsys):
+    out = tmp_path/'c'
+    args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform', '--seeds', '0', '--lr-seeds', '5,6', *QUICK, '--out', str(out)]
+    assert main(args)==1 and 'add --lrs' in capsys.readouterr().err and not out.exists()
+    assert main([*args, '--lrs', '0,1e-2'])==0
+    d = json.loads((out/'compare.json').read_text())
+    runs = [load_run(o, model=False) for o in sorted(out.glob('uniform*')) if o.is_dir()]
+    tried = {lr:[r.metrics['valid']['nll'] for r in runs if r.metrics['seed'] in (5,6) and r.config['recipe']['lr']==lr] for lr in (0,.01)}
+    assert d['tuning']['uniform']=={f'{lr:g}':pytest.approx(sum(v)/2) for lr,v in tried.items()} and [len(v) for v in tried.values()]==[2,2]
+    assert [r['metrics']['seed'] for r in d['runs']]==[0] and '--lr-seeds 5,6' in d['command']
+
 def test_compare_tunes_each_row_on_validation_images(folder, tmp_path, capsys):
     out = tmp_path/'c'
     args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform budget=18; uniform; head', '--seeds', '0', '--lrs', '0,1e-2', *QUICK, '--batch-size', '4', '--out', str(out)]
@@ -130,7 +141,7 @@ def test_compare_tunes_each_row_on_validation_images(folder, tmp_path, capsys):
     assert [r['plan'] and sum(s['rank'] for s in r['plan']['sites']) for r in d['runs']]==[18,100,None]
     for r in d['runs']:
         tried = d['tuning'][r['config']['row']]
-        assert tried[f"{r['config']['recipe']['lr']:g}"]==max(tried.values())==r['metrics']['valid']['accuracy']
+        assert tried[f"{r['config']['recipe']['lr']:g}"]==min(tried.values())==r['metrics']['valid']['nll']
     assert d['runs'][2]['config']['recipe']['head_lr'] in (0, .01) and len(list(out.glob('*/metrics.json')))==6
     assert shlex.split(d['command'])[:3]==['fclora','compare',str(folder)] and '--lrs 0,1e-2' in d['command']
     capsys.readouterr()

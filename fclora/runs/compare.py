@@ -71,7 +71,7 @@ def parse_numbers(
     "Numbers from text, each in its range, and none twice"
     try: res = [of(o) for o in str(text).split(',')] if text is not None else []
     except ValueError: res = [None]
-    low,high = ranges[name.removesuffix('s')]
+    low,high = ranges['seed' if of is int else 'lr']
     if len(set(res))<len(res): raise ValueError(f'--{name} names a number twice: {text}')
     if not all(in_range(o, low, high) for o in res):
         what,such = ('whole numbers','0,1,2') if of is int else ('numbers','1e-3,5e-3')
@@ -145,18 +145,20 @@ def run_row(
 def tune_rows(
     rows:dict, # {row: (method, options)}; the options get the best rate
     rates:list, # Learning rates to try
-    run # Called with row, method, options; returns the `Run`
-)->dict: # {row: {rate: validation accuracy}}
-    "Try every learning rate, and give each row the one with the best validation accuracy"
+    seeds:list, # Of the runs that try them
+    run # Called with row, method, options and seed; returns the `Run`
+)->dict: # {row: {rate: mean validation NLL}}
+    "Try every learning rate, and give each row the one with the lowest mean validation NLL"
     found = {}
     for row,(method,options) in rows.items():
-        key,accs = 'head_lr' if method=='head' else 'lr',{}
+        key,losses = 'head_lr' if method=='head' else 'lr',{}
         for lr in rates:
-            accs[f'{lr:g}'] = run(row, method, {**options, 'lr':lr, key:lr}).metrics['valid']['accuracy']
-            print(f"{row}, learning rate {lr:g}: validation accuracy {accs[f'{lr:g}']:.2%}")
-        best = float(max(accs, key=accs.get))
+            tried = [run(row, method, {**options, 'lr':lr, key:lr}, seed).metrics['valid']['nll'] for seed in seeds]
+            losses[f'{lr:g}'] = sum(tried)/len(tried)
+            print(f"{row}, learning rate {lr:g}: validation NLL {losses[f'{lr:g}']:.4f}")
+        best = float(min(losses, key=losses.get))
         options.update({'lr':best, key:best})
-        found[row] = accs
+        found[row] = losses
         at_the_end = len(rates)>1 and best in (min(rates),max(rates))
         if at_the_end: print(f'{row}: the best learning rate, {best:g}, is at the end of the grid')
     return found
@@ -186,7 +188,8 @@ def compare(
     data:str='digits', # digits, cifar10, cifar100, or a folder of class folders
     methods:str='fclora,uniform,head,full', # Separated by commas; or rows with options: 'fclora; fclora weights=fisher=1; uniform'
     seeds:str='0,1,2', # Seeds, separated by commas
-    lrs:str=None, # Learning rates to choose from for every row, by validation accuracy on the first seed
+    lrs:str=None, # Learning rates to choose from for every row, by mean validation NLL over --lr-seeds
+    lr_seeds:str=None, # Seeds that choose among --lrs, best not among --seeds; the first of --seeds by default
     out:str=None, # Folder for all runs and the comparison
     force:bool=False, # Replace runs that are in --out already
     resume:bool=False, # Keep finished runs that are in --out already, go on with one that was stopped, and run what is missing
@@ -194,14 +197,16 @@ def compare(
 )->dict: # Every run's numbers and the aggregated rows
     "Run several methods with several seeds under one recipe, and tabulate mean ± std"
     rows,numbers,rates = parse_rows(methods),parse_numbers(seeds, int, 'seeds'),parse_numbers(lrs, float, 'lrs')
+    choosing = parse_numbers(lr_seeds, int, 'lr-seeds') or numbers[:1]
+    if lr_seeds and not rates: raise ValueError('--lr-seeds choose among learning rates: add --lrs')
     for method,options in rows.values(): check_row(data, method, {**kwargs, **options})
     check_out_folder(out)
     out = Path(out) if resume and out else new_folder(out, f'{Path(data).name}-compare', force)
-    check_settings_file(out, dict(data=str(data), lrs=lrs, **kwargs), resume)
-    def run(row, method, options, seed=numbers[0], keep=resume):
+    check_settings_file(out, dict(data=str(data), lrs=lrs, lr_seeds=lr_seeds, **kwargs), resume)
+    def run(row, method, options, seed, keep=resume):
         return run_row(row, method, {**kwargs, **options}, seed, data, out, keep, force)
-    tuning = tune_rows(rows, rates, run) if rates else {}
-    command,runs = command_line(data, methods=methods, seeds=seeds, lrs=lrs, **kwargs),[]
+    tuning = tune_rows(rows, rates, choosing, run) if rates else {}
+    command,runs = command_line(data, methods=methods, seeds=seeds, lrs=lrs, lr_seeds=lr_seeds, **kwargs),[]
     for seed in numbers:
         for row,(method,options) in rows.items():
             runs.append(run(row, method, options, seed, resume or bool(rates)))
