@@ -144,16 +144,16 @@ def settle(self:Job,
     best, # `KeepBest` that trained along
     before:dict # As for `back_to_probe`
 ):
-    "Note which epoch was kept; the probe counts as epoch 0, and stays where nothing beats it on the validation images"
+    "Note which epoch was kept; the probe counts as epoch 0, and stays where nothing is clearly better on the validation images"
     self.measured['epoch_kept'] = len(self.history)-len(best.losses)+best.epoch_kept+1
     if self.look is None: return
     logits,targs = self.logits(learn, learn.dls.valid, 'comparing with the probe')
-    if from_first(lambda: beats(logits, self.look.valid[0], targs, learn.counted)): return
+    if from_first(lambda: clearly_better(logits, self.look.valid[0], targs, learn.counted)): return
     back_to_probe(learn, self.look.probe, before)
     self.measured['epoch_kept'] = 0
     falling = best.epoch_kept==len(best.losses)-1
-    self.say('no epoch beats the linear probe in loss and accuracy on the validation images: the probe is kept, without adapters'
-             +falling*'; the loss was still falling, so more --epochs may help')
+    self.say('no epoch was clearly better than the linear probe on the validation images: the probe is kept, without adapters '
+             '(--no-probe takes the best epoch)'+falling*'; the loss was still falling, so more --epochs may help')
 
 # %% ../../nbs/76_finetune.ipynb #4a28eef0
 @patch
