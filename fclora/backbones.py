@@ -9,7 +9,7 @@ here. `image_config` says how a model wants its images."""
 # %% auto #0
 __all__ = ['default_cfgs', 'offline_hint', 'vit_pico', 'default_model', 'check_arch', 'is_offline', 'is_cached', 'check_weights',
            'pretrained_model', 'first_line', 'read_weights', 'load_weights', 'SingleHeadDistilled', 'single_head',
-           'init_head', 'create_backbone', 'image_config']
+           'init_head', 'keep_blocks', 'create_backbone', 'image_config']
 
 # %% ../nbs/44_backbones.ipynb #445bfcd6
 import os, socket, sys
@@ -181,6 +181,20 @@ def init_head(
             if is_head(name, heads): nn.init.trunc_normal_(p).mul_(std if p.ndim>1 else 0)
     return model
 
+# %% ../nbs/44_backbones.ipynb #89c49184
+def keep_blocks(
+    model:nn.Module, # A timm transformer of equal blocks, changed in place
+    n:int # Blocks to keep, from the first
+)->nn.Module: # `model`
+    "Leave out all blocks above the first `n`"
+    widths = {o['module']:o['num_chs'] for o in getattr(model, 'feature_info', [])}
+    if set(widths)!={f'blocks.{i}' for i in range(len(widths))} or len(set(widths.values()))!=1:
+        raise ValueError(f'--blocks needs a transformer of equal blocks, and {type(model).__name__} has none')
+    depth = len(model.blocks)
+    if not 1<=n<=depth: raise ValueError(f'--blocks must be between 1 and {depth}, the blocks of this model, got {n}')
+    model.prune_intermediate_layers([n-1], prune_norm=False, prune_head=False)
+    return model
+
 # %% ../nbs/44_backbones.ipynb #00e96a49
 def create_backbone(
     name:str, # Any timm model, with or without a tag
@@ -189,7 +203,8 @@ def create_backbone(
     checkpoint=None, # Local weights instead of timm's
     one_head:bool=False, # Classify from the class token alone, for distilled models
     size:int=None, # Input size in pixels, if not the model's own
-    head_std:float=.02 # Standard deviation of the fresh head
+    head_std:float=.02, # Standard deviation of the fresh head
+    blocks:int=None # Blocks to keep, from the first; all by default
 )->nn.Module:
     "A timm model with pretrained backbone and a fresh head of `n_classes` outputs"
     check_arch(name)
@@ -202,6 +217,7 @@ def create_backbone(
         raise ValueError(f'{name} cannot be built for images of {size} px: {first_line(e)}') from None
     if checkpoint: load_weights(model, checkpoint)
     if one_head: single_head(model)
+    if blocks: keep_blocks(model, blocks)
     return init_head(model, head_std)
 
 # %% ../nbs/44_backbones.ipynb #10298e9c

@@ -34,7 +34,7 @@ def option_kind(
 themes = {
     'Data': 'images label_column multi_label data_root fold valid_pct test_pct classes limit skip_bad in_memory cache no_flip flip '
             'batch_size num_workers labels most',
-    'Model': 'model models checkpoint pretrained one_head size arch',
+    'Model': 'model models checkpoint pretrained one_head size blocks arch',
     'Ranks and adapters': 'method methods plan budget unit lo hi kinds include from_block allocator adapter init lora_alpha scaling '
                           'rslora dropout rank parts',
     'Scoring': 'weights normaliser score_batches score_bs settle head_warmup profile',

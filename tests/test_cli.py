@@ -121,6 +121,21 @@ def test_compare_tabulates_and_resumes(folder, tmp_path, capsys):
     assert main([*args, '--seeds', 'a,b'])==1
     assert '0,1,2' in capsys.readouterr().err
 
+def test_the_first_blocks_alone(folder, tmp_path, capsys):
+    args = ['finetune', str(folder), '--model', 'vit_pico', *QUICK, '--blocks']
+    for n,word in (('7', 'between 1 and 6'), ('0', '--blocks must be')):
+        assert main([*args, n, '--out', str(tmp_path/'run')])==1 and word in capsys.readouterr().err
+    assert main([*args, '4', '--out', str(tmp_path/'run')])==0
+    model,cfg = load_model(tmp_path/'run')
+    assert len(model.blocks)==cfg['model']['blocks']==4 and {k.split('.')[1] for k in cfg['ranks']}==set('0123')
+    assert main(['merge', str(tmp_path/'run'), str(tmp_path/'plain')])==0
+    plain = timm.create_model(f"local-dir:{tmp_path/'plain'}", pretrained=True)
+    assert len(plain.blocks)==4 and torch.allclose(probe_logits(plain, 32), probe_logits(model, 32), atol=1e-5)
+    assert main(['peft', str(tmp_path/'run'), str(tmp_path/'peft')])==0 and 'blocks=4)' in capsys.readouterr().out
+    made = json.loads((tmp_path/'run/fclora.json').read_text())
+    (tmp_path/'run/fclora.json').write_text(json.dumps(made | dict(model=made['model'] | dict(blocks='four'))))
+    assert main(['evaluate', str(tmp_path/'run')])==1 and 'blocks' in capsys.readouterr().err
+
 def test_other_seeds_choose_the_learning_rate(folder, tmp_path, capsys):
     out = tmp_path/'c'
     args = ['compare', str(folder), '--model', 'vit_pico', '--methods', 'uniform', '--seeds', '0', '--lr-seeds', '5,6', *QUICK, '--out', str(out)]

@@ -259,7 +259,8 @@ def export_peft(
     cfg = read_config(run)
     one_label(cfg, 'fclora peft')
     save_peft(run, out, checkpoint=checkpoint)
-    base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}" + ', one_head=True'*cfg['model']['one_head'] + ')'
+    options = ''.join(f', {k}={v}' for k in ('one_head','size','blocks') if (v := cfg['model'].get(k)))
+    base = f"create_backbone({cfg['model']['name']!r}, {len(cfg['classes'])}{options})"
     print(f"saved in {out}; load it by PeftModel.from_pretrained({base}, {str(out)!r})")
     if cfg['T']: print(f"PEFT has no place for the temperature: divide the logits by {cfg['T']:.4f}")
     if cfg.get('vector'): print('nor for the vector: fclora.json has its scale and bias, which apply to the log-probabilities after it')

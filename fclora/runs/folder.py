@@ -131,7 +131,7 @@ def base_model(
     if want and sha256(checkpoint)!=want['sha256']:
         raise ValueError(f'{checkpoint} is not the checkpoint that this run was trained on ({name})')
     model = create_backbone(base['name'], len(config['classes']), base['pretrained'] and not whole, None if whole else checkpoint,
-                            base['one_head'], base['size'])
+                            base['one_head'], base['size'], blocks=base.get('blocks'))
     size,own = config['image']['size'],image_config(model)['size']
     if size!=own: raise ValueError(f"the run's images have {size} px, but its {base['name']} takes {own}")
     return model

@@ -98,6 +98,7 @@ def prepare(
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
     one_head:bool=False, # For distilled models: one class-token head, as in the papers, instead of two
     size:int=None, # Input size in pixels, if not the model's own
+    blocks:int=None, # Blocks to keep, from the first; all by default
     fold:str=None, # Test on one fold of all images and train on the others: 2/5 for the second of five; see fclora folds
     valid_pct:float=.2, # Share of the training images for validation, unless there is val/
     test_pct:float=None, # Share of all images for the test, unless there is a test set; .2, for digits .4
@@ -129,10 +130,10 @@ def prepare(
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
-    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std)
+    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std, blocks)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
     split.update(fold=fold, flip=images.flip and not no_flip)
-    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size), data=data_config(images, data, split))
+    about = dict(model=model_config(name, pretrained, checkpoint, one_head, size, blocks), data=data_config(images, data, split))
     return images,dls,net.to(dls.device),about
 
 # %% ../../nbs/72_prepare.ipynb #92d56753

@@ -51,11 +51,12 @@ def model_config(
     pretrained:bool=True, # Were timm's weights loaded?
     checkpoint=None, # Local weights that were loaded instead
     one_head:bool=False, # Made with `single_head`?
-    size:int=None # Input size, if not the model's own
+    size:int=None, # Input size, if not the model's own
+    blocks:int=None # Blocks that were kept; all by default
 )->dict:
     "How to build the backbone again"
     local = dict(name=Path(checkpoint).name, sha256=sha256(checkpoint)) if checkpoint else None
-    return dict(name=name, pretrained=bool(pretrained and not checkpoint), one_head=one_head, size=size, checkpoint=local)
+    return dict(name=name, pretrained=bool(pretrained and not checkpoint), one_head=one_head, size=size, checkpoint=local, blocks=blocks)
 
 # %% ../../nbs/70_run.ipynb #d1d749ab
 def adapter_config(

@@ -203,6 +203,7 @@ def plain_model(
         return plain,'vit_base_patch16_224',args
     arch,args = timm_names.get(base['name'], (base['name'].partition('.')[0], {}))
     if base['size'] and 'img_size' not in args: args = dict(args, img_size=base['size'])
+    if base.get('blocks'): args = dict(args, depth=base['blocks'])
     return model,arch,args
 
 # %% ../../nbs/78_use.ipynb #92d71f1f
