@@ -2,9 +2,9 @@
 from copy import deepcopy
 import json
 import pytest, timm, torch
-from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+import system_models as S
 from fclora.adapt import *
 from fclora.backbones import create_backbone, image_config
 from fclora.calibration.intervals import calibration_table
@@ -16,7 +16,7 @@ from fclora.make_plan import make_plan
 from fclora.runs.cut_run import *
 from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_model, load_run
-from fclora.runs.use import merge_run, predict
+from fclora.runs.use import merge_run
 from fclora.systems import adalora, dora, experts, stella, step_sizes # noqa: F401 their adapters are named below
 from fclora.systems.cut import *
 from fclora.train.learner import fclora_learner
@@ -244,9 +244,10 @@ def test_the_preset_measures_before_and_after_its_cut_and_at_the_end(run, tmp_pa
     line = next(o for o in said.splitlines() if 'before the cut' in o)
     for row in (*kept['cut'].values(), kept['valid']): assert f"{row['accuracy']:.4f}, {row['ece_raw']:.4f} / {row['ece']:.4f}" in line
 
-def test_the_images_are_answered_after_it(run, tmp_path):
-    Image.new('RGB', (32,32)).save(tmp_path/'a.png')
-    assert len(predict(str(run[0]), str(tmp_path/'a.png'))[0]['top'])==3
+@pytest.mark.parametrize('method', ['cut','adalora'])
+def test_from_the_command_to_predictions_and_merged_logits(method, tmp_path):
+    run = S.runs_end_to_end(tmp_path, method, budget=36, epochs=2)
+    assert run.plan.total_rank==36
 
 def test_a_run_is_cut_and_measured_three_times(run, tmp_path, capsys):
     made = cut_run(str(run[0]), 12, recover=3, out=str(tmp_path/'cut'), quiet=True)
