@@ -49,12 +49,12 @@ allocators['gora'] = by_root_cost
 
 # %% ../../nbs/35_gora.ipynb #cd28bb20
 def check_product(
-    layer:Adapter # Of an adapted model
+    adapter:type # Of `adapters`
 ):
-    "Raise unless `layer` has LoRA's product `s B A`, with a `B` that may be anything"
-    held = 'lora_B' in getattr(layer, 'orthonormal', ())
-    if isinstance(layer, LoRA) and type(layer).site_factors is LoRA.site_factors and not held: return
-    raise ValueError(f"the init gora fills lora_B so that LoRA's product s B A is the gradient, and {layer.adapter.__name__} "
+    "Raise unless `adapter` has LoRA's product `s B A`, with a `B` that may be anything"
+    held = 'lora_B' in getattr(adapter, 'orthonormal', ())
+    if issubclass(adapter, LoRA) and adapter.site_factors is LoRA.site_factors and not held: return
+    raise ValueError(f"the init gora fills lora_B so that LoRA's product s B A is the gradient, and {adapter.__name__} "
                      'has another product: take the adapter lora, dora or frozen_a, or the init kaiming')
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def downhill(
     input_rows(model, 'gora') # refuses adapters without `lora_A`
     layers = list(adapted_layers(model).values())
     if not layers: return
-    for layer in layers: check_product(layer)
+    for layer in layers: check_product(layer.adapter)
     if batches is None: raise ValueError('the init gora takes gradients: give it batches with targets')
     gradient = GoRA()
     measure(model, batches, [s for layer in layers for s in layer.sites.values()], [gradient], n_batches=n_batches)
