@@ -1,15 +1,15 @@
 "Blocks that change the representation most: CKA against the direct formulas, on several kinds of models"
 import warnings
+from copy import deepcopy
 import pytest, timm, torch
 from hypothesis import given,settings,strategies as st
-from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+import system_models as S
+from fclora.adapt import *
 from fclora.find import find_sites
 from fclora.make_plan import make_plan
-from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_run
-from fclora.runs.use import merge_run, predict
 from fclora.scorers.measure import measure
 from fclora.systems.blocks import block_means
 from fclora.systems.cka import *
@@ -131,7 +131,6 @@ def test_beside_scorers_with_gradients_and_from_two_processes(model):
     assert one.result()==pytest.approx(alone['cka'], abs=1e-6)
 
 def test_a_16_bit_model(model):
-    from copy import deepcopy
     got = measure(deepcopy(model).bfloat16(), [(x.bfloat16(),y) for x,y in images()], scorers=['cka'])['cka']
     assert all(0<=v<1 for v in got.values())
 
@@ -149,10 +148,13 @@ def test_models_without_blocks_and_few_images(model):
     with pytest.raises(ValueError, match='no block among these sites'): measure(stem, images(), find_sites(stem, ('conv',)), ['cka'])
     with pytest.raises(ValueError, match='at least 4 samples'): measure(model, [(torch.randn(3, 3, 32, 32), None)], scorers=['cka'])
 
-def test_end_to_end(tmp_path):
-    run = finetune('digits', 'cka', budget=36, epochs=1, score_batches=4, limit='128,64,64', out=str(tmp_path/'run'), probe=False, quiet=True)
+def test_from_the_command_to_merged_logits(tmp_path):
+    run = S.runs_end_to_end(tmp_path, 'cka', budget=36, score_batches=4, limit='128,64,64')
     assert run.plan.total_rank==36 and run.plan.allocator=='blocks' and len({s.block for s in run.plan.sites if run.plan.ranks[s.name]})==3
     assert load_run(tmp_path/'run').plan.metrics['cka'].keys()==run.plan.ranks.keys()
-    Image.new('RGB', (32,32), 'white').save(tmp_path/'a.png')
-    assert len(predict(str(tmp_path/'run'), str(tmp_path/'a.png'))[0]['top'])==3
-    merge_run(str(tmp_path/'run'), str(tmp_path/'merged'))
+    net,x = run.model.eval(),torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        want,plain = net(x),unload(deepcopy(net), merge=True)
+        assert not adapted_layers(plain)
+        assert_close(plain(x), want, atol=1e-5, rtol=1e-4)
+        assert (unload(deepcopy(net))(x)-want).abs().max()>1e-3, 'the updates matter'

@@ -4,6 +4,7 @@ import json
 import pytest, timm, torch
 from torch import nn
 from torch.testing import assert_close
+import system_models as S
 from fclora.adapt import *
 from fclora.backbones import create_backbone, image_config
 from fclora.calibration.intervals import calibration_table
@@ -16,8 +17,10 @@ from fclora.runs.cut_run import *
 from fclora.runs.finetune import finetune
 from fclora.runs.folder import load_model, load_run
 from fclora.runs.use import merge_run
+from fclora.systems import adalora, dora, experts, stella, step_sizes # noqa: F401 their adapters are named below
 from fclora.systems.cut import *
 from fclora.train.learner import fclora_learner
+from fclora.train.logits import get_logits
 from fclora.train.recipe import recipe
 from fclora.train.schedules import rank_tensors
 
@@ -61,6 +64,34 @@ def test_each_site_has_its_best_approximation(name, scaling):
         k = ranks.get(n, 0)
         best = U[:,:k]*S[:k]@Vh[:k]
         assert_close(now.get(n, torch.zeros_like(d)), best, atol=1e-4, rtol=1e-3)
+
+@pytest.mark.parametrize('scaling', ['sqrt','rank'])
+@pytest.mark.parametrize('name', models)
+def test_a_frozen_a_stays_orthonormal_and_the_approximation_the_best(name, scaling):
+    net = adapt(models[name](), {s.name:4 for s in find_sites(models[name]())}, 'frozen_a', scaling=scaling)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for n,p in adapter_params(net).items():
+            if '.lora_B.' in n: p.normal_(0, .2)
+    freeze(net)
+    small,want = cut_model(deepcopy(net), sum(current_ranks(net).values())//2),deltas(net)
+    assert any(1<r<4 for r in current_ranks(small).values())
+    for n,d in deltas(small).items():
+        U,S,Vh = torch.linalg.svd(want[n], full_matrices=False)
+        k = current_ranks(small)[n]
+        assert_close(d, U[:,:k]*S[:k]@Vh[:k], atol=1e-4, rtol=1e-3)
+    for path,m in adapted_layers(small).items():
+        for kind in m.sites:
+            A,old = m.lora_A[kind].detach(),net.get_submodule(path).lora_A[kind].detach()
+            assert_close(A@A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
+            assert_close(A@old.T@old, A, atol=1e-5, rtol=0) # no direction is new
+            assert not m.lora_A[kind].requires_grad and m.lora_B[kind].requires_grad
+
+def test_an_untrained_update_is_cut_to_zero_without_dividing_by_it():
+    for adapter in ('lora','frozen_a'):
+        net = cut_model(adapt(models['vit'](), some_ranks(models['vit']()), adapter), 9)
+        assert sum(current_ranks(net).values())==9 and all(p.isfinite().all() for p in adapter_params(net).values())
+        assert all(not d.any() for d in deltas(net).values())
 
 def test_one_threshold_for_all_and_no_other_choice_keeps_more():
     net = filled(adapt(models['vit'](), some_ranks(models['vit']())))
@@ -120,6 +151,13 @@ def test_what_cannot_be_cut_says_why(monkeypatch):
     with pytest.raises(ValueError, match='has no adapters'): cut_model(models['vit'](), 3)
     with pytest.raises(ValueError, match='unmerge_adapters'): cut_model(merge_adapters(adapt(models['vit'](), some_ranks(models['vit']()))), 3)
 
+@pytest.mark.parametrize('adapter', ['dora','svd','stiefel','stella','moe'])
+def test_other_adapters_are_refused_as_they_are(adapter):
+    net = filled(adapt(models['vit'](), {s.name:2 for s in find_sites(models['vit']())}, adapter))
+    before = {n:p.clone() for n,p in net.state_dict().items()}
+    with pytest.raises(ValueError, match=f'has the adapter {adapters[adapter].__name__}, whose update is not .*: only LoRA can be cut'): cut_model(net, 3)
+    assert_close(net.state_dict(), before, rtol=0, atol=0)
+
 # --- the schedule
 
 @pytest.fixture(scope='module')
@@ -148,6 +186,43 @@ def test_the_schedule_cuts_once_and_trains_on(data, kw):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert_close(again.eval()(x), learn.model.eval()(x), atol=1e-5, rtol=1e-5)
 
+def trained(data, adapter='lora', measure=None):
+    model = deepcopy(data[0])
+    dls = get_dls(data[1], **image_config(model), bs=16, device='cpu')
+    plan = make_plan('vit_pico', find_sites(model), method='cut', budget=36, adapter=adapter)
+    learn = fclora_learner(dls, model, plan, recipe(epochs=2, cutmix=0))
+    if measure: measure_cut(learn, lambda: measure(learn))
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    return learn
+
+def test_the_schedule_cuts_a_frozen_a_and_refuses_dora_before_it_trains(data):
+    learn = trained(data, 'frozen_a')
+    assert learn.plan.total_rank==36
+    for layer in adapted_layers(learn.model).values():
+        for A in layer.lora_A.values(): assert_close(A.detach()@A.detach().T, torch.eye(len(A)), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='DoRA, whose update is not .*: only LoRA can be cut'): trained(data, 'dora')
+
+def test_what_is_measured_around_the_cut_is_the_model_then_and_changes_nothing(data):
+    seen,drawn = [],[]
+    def look(learn):
+        seen.append((sum(current_ranks(learn.model).values()), learn.model.training, learn.train_iter+1))
+        drawn.append(torch.rand(3))
+        return dict(accuracy=get_logits(learn.model, learn.dls.valid)[0].mean().item())
+    looked,plain = trained(data, measure=look),trained(data)
+    assert seen==[(72,False,14),(36,False,14)] and looked.model.training==plain.model.training
+    stages = cut_numbers(looked)['cut']
+    assert [*stages]==['before','after'] and stages['before']!=stages['after'] and cut_numbers(plain)=={}
+    assert torch.equal(*drawn) # each look begins with the random state of the training
+    assert_close(adapter_state(looked.model), adapter_state(plain.model), rtol=0, atol=0)
+
+def test_a_checkpoint_keeps_what_was_measured():
+    cut,again = Cut(),Cut()
+    cut.stages = dict(before=dict(accuracy=.5), after=dict(accuracy=.4))
+    again.load_state_dict(cut.state_dict())
+    assert again.stages==cut.stages
+    again.load_state_dict(dict(unfinished=True)) # of an older version
+    assert again.stages=={} and again.unfinished
+
 # --- a finished run
 
 @pytest.fixture(scope='module')
@@ -158,6 +233,21 @@ def run(tmp_path_factory):
 def test_finetune_by_the_preset(run):
     out,made = run
     assert made.plan.total_rank==36==sum(load_model(out)[1]['ranks'].values())
+
+def test_the_preset_measures_before_and_after_its_cut_and_at_the_end(run, tmp_path, capsys):
+    kept = json.loads((run[0]/'metrics.json').read_text())
+    rows = [*kept['cut'].values(), kept['valid']]
+    assert [*kept['cut']]==['before','after'] and all(row['n']==96 for row in rows)
+    assert len({row['nll_raw'] for row in rows})==3 # three different models
+    finetune('digits', 'cut', budget=36, epochs=1, batch_size=32, limit='64,48,32', out=str(tmp_path/'run'), probe=False)
+    said,kept = capsys.readouterr().out,json.loads((tmp_path/'run'/'metrics.json').read_text())
+    line = next(o for o in said.splitlines() if 'before the cut' in o)
+    for row in (*kept['cut'].values(), kept['valid']): assert f"{row['accuracy']:.4f}, {row['ece_raw']:.4f} / {row['ece']:.4f}" in line
+
+@pytest.mark.parametrize('method', ['cut','adalora'])
+def test_from_the_command_to_predictions_and_merged_logits(method, tmp_path):
+    run = S.runs_end_to_end(tmp_path, method, budget=36, epochs=2)
+    assert run.plan.total_rank==36
 
 def test_a_run_is_cut_and_measured_three_times(run, tmp_path, capsys):
     made = cut_run(str(run[0]), 12, recover=3, out=str(tmp_path/'cut'), quiet=True)
@@ -176,11 +266,26 @@ def test_a_run_is_cut_and_measured_three_times(run, tmp_path, capsys):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert_close(timm.create_model(f'local-dir:{tmp_path}/plain', pretrained=True).eval()(x), model(x), atol=1e-4, rtol=1e-4)
 
+def test_the_plain_command_recovers_for_a_few_steps(run, tmp_path, capsys):
+    from fclora.cli import main
+    assert main(['cut', str(run[0]), '--budget', '12', '--out', str(tmp_path/'cut'), '--quiet'])==0
+    rows = [o.split() for o in capsys.readouterr().out.splitlines()]
+    assert [r[0] for r in rows if r and r[0] in ('before','after','recovered')]==['before','after','recovered']
+    stages = json.loads((tmp_path/'cut'/'metrics.json').read_text())['cut']
+    assert stages['recover']==20 and stages['recovered']['test']['nll_raw']!=stages['after']['test']['nll_raw']
+
+def test_a_run_may_lose_all_of_its_ranks_and_its_head_recovers(run, tmp_path):
+    made = cut_run(str(run[0]), 0, recover=3, out=str(tmp_path/'none'), quiet=True)
+    assert made.metrics['cut']['recovered']['ranks']==0 and not any(load_model(tmp_path/'none')[1]['ranks'].values())
+
+def test_without_recovery_there_are_two_rows(run, tmp_path):
+    assert [*cut_run(str(run[0]), 12, recover=0, out=str(tmp_path/'two'), quiet=True).metrics['cut']]==['run','recover','before','after']
+
 def test_cutting_nothing_changes_nothing(run, tmp_path):
     made = cut_run(str(run[0]), 36, out=str(tmp_path/'same'), quiet=True)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert torch.equal(made.model.eval()(x), load_model(run[0])[0](x))
-    assert 'recovered' not in made.metrics['cut']
+    assert 'recovered' not in made.metrics['cut'] and made.metrics['cut']['recover']==0
 
 def test_errors(run, tmp_path):
     head = finetune('digits', 'head', epochs=1, limit='64,32,32', out=str(tmp_path/'head'), probe=False, quiet=True)

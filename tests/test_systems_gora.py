@@ -8,12 +8,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 import system_models as S
-import fclora.systems.dora # noqa: F401 its adapter is named below
+from fclora.systems import adalora, dora, experts, stella, step_sizes # noqa: F401 their adapters are named below
 from fclora.adapt import *
 from fclora.find import *
 from fclora.initialisers import *
 from fclora.lora import *
 from fclora.make_plan import *
+from fclora.runs.finetune import finetune
 from fclora.scorers.measure import *
 from fclora.scorers.watch import batch_loss
 from fclora.sites import *
@@ -32,7 +33,7 @@ def gradients(net, data):
     sum(F.cross_entropy(net(x), y) for x,y in data).div(len(data)).backward()
     return {n:p.grad for n,p in net.named_parameters()}
 
-@pytest.mark.parametrize('adapter', ['lora','dora'])
+@pytest.mark.parametrize('adapter', ['lora','dora','frozen_a'])
 @pytest.mark.parametrize('name', ['deit','swin','beit','conv','llama'])
 def test_the_update_at_the_start_is_the_projected_gradient_and_weights_are_untouched(name, adapter):
     base,data = S.made[name]().eval(),batches(name)
@@ -91,10 +92,29 @@ def test_what_cannot_start_there_says_so():
     adapters['own'] = Own
     try:
         net = adapt(S.deit(), {'blocks.0.attn.qkv.q':2}, 'own')
-        with pytest.raises(ValueError, match='lora_B of LoRA, not of Own; take kaiming'): init_adapters(net, 'gora', batches('deit'))
+        with pytest.raises(ValueError, match='and Own has another product: take the adapter lora'): init_adapters(net, 'gora', batches('deit'))
     finally: del adapters['own']
     with pytest.raises(ValueError, match='give it batches'): init_adapters(adapt(S.deit(), {'blocks.0.attn.qkv.q':2}), 'gora')
     with pytest.raises(ValueError, match='needs the sites'): by_root_cost(dict(a=1.), 1)
+
+@pytest.mark.parametrize('adapter', ['svd','stiefel','stella','moe','held'])
+def test_another_product_is_refused_before_anything_is_measured_or_changed(adapter, monkeypatch):
+    class Held(LoRA):
+        "LoRA's product, whose `B` is to stay orthonormal"
+        orthonormal = ('lora_B',)
+    monkeypatch.setitem(adapters, 'held', Held)
+    def unread():
+        raise AssertionError('no gradient is needed to refuse')
+        yield
+    net = adapt(S.deit(), {s.name:2 for s in find_sites(S.deit())}, adapter)
+    before = {n:p.clone() for n,p in net.state_dict().items()}
+    with pytest.raises(ValueError, match=f'init gora .* and {adapters[adapter].__name__} has another product'): init_adapters(net, 'gora', unread())
+    assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+@pytest.mark.parametrize('adapter', ['svd','stiefel','stella'])
+def test_the_method_refuses_them_too(adapter, tmp_path):
+    options = dict(budget=40, epochs=1, batch_size=32, score_batches=1, limit='64,32,32', probe=False, quiet=True, out=str(tmp_path/'run'))
+    with pytest.raises(ValueError, match='has another product'): finetune('digits', 'gora', adapter=adapter, **options)
 
 def test_the_method_from_the_command_to_merged_weights(tmp_path):
     run = S.runs_end_to_end(tmp_path, 'gora', kinds='q,k,v,fc1', head_warmup=2)

@@ -36,6 +36,7 @@ from ..train.checkpoint import *
 from ..train.fallback import *
 from ..train.learner import *
 from ..train.logits import *
+from ..systems.cut import *
 from ..calibration.temperature import *
 from ..calibration.intervals import *
 from ..calibration.calibrator import *
@@ -162,6 +163,8 @@ def train(self:Job,
 ):
     "Train by the recipe and save after every epoch: with bars on a terminal, else with a line an epoch"
     def loss(logits, targs): return task_nll(logits, targs, learn.counted)
+    def table(logits, targs): return task_table(logits, targs, task_temperature(logits, targs))
+    measure_cut(learn, lambda: table(*self.logits(learn, learn.dls.valid, '')))
     best = [KeepBest(loss, learn.recipe['patience'])] if learn.recipe['keep']=='best' else []
     before = trained_state(learn.model) if best and learn.regime=='full' else {}
     bars = sys.stdout.isatty() and not self.quiet
@@ -195,6 +198,7 @@ def calibrate(self:Job,
         logits,targs = self.logits(learn, learn.dls.valid, 'validating')
         found = fit_task(logits, targs, seed=self.seed, **asked)
         self.measured['valid'] = task_table(logits, targs, found['T'], vector=found['vector'])
+    if cut := cut_numbers(learn): self.say(cut_text(cut['cut'], self.measured['valid']))
     if targs.ndim==1: self.say(calibration_text(found, len(targs), **asked))
     return found
 
@@ -209,7 +213,7 @@ def measurements(self:Job,
     return dict(method=self.method, model=self.about['model']['name'], seed=self.seed, epochs=learn.recipe['epochs'],
         total_rank=learn.plan.total_rank if learn.plan else None, epoch_kept=self.measured.get('epoch_kept'), **probe_numbers(self.look),
         resumed=self.goes_on, processes=world_size(), params=count_params(learn.model), valid=self.measured['valid'], test=test,
-        peak_memory_mb=mib, memory_kind=kind,
+        **cut_numbers(learn), peak_memory_mb=mib, memory_kind=kind,
         seconds=dict(self.seconds, total=time.perf_counter()-self.began), hardware=hardware(learn.dls.device))
 
 # %% ../../nbs/76_finetune.ipynb #9ec0d332

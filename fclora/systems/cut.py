@@ -8,7 +8,7 @@ the adapters that much smaller. `Cut` is the schedule of the preset `cut`: train
 
 # %% auto #0
 __all__ = ['singular_parts', 'cut_sites', 'update_values', 'best_ranks', 'rank_costs', 'cut_choice', 'concentrate', 'cut_model',
-           'Cut']
+           'Cut', 'measure_cut', 'cut_numbers', 'cut_text']
 
 # %% ../../nbs/55_cut.ipynb #87f04506
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from ..sites import *
 from ..lora import *
 from ..adapt import *
+from ..scorers.watch import *
 from ..presets import *
 from ..train.schedules import *
 
@@ -34,12 +35,13 @@ def singular_parts(
 def cut_sites(
     model:nn.Module # Adapted
 )->dict: # {site name: (layer, kind)}
-    "Where the adapters of `model` can be cut; an error where one is no plain product of two matrices"
+    "Where the adapters of `model` can be cut; an error where an update is more than a product of two matrices"
     found = {}
     for path,m in adapted_layers(model).items():
-        others = [axis for part,axis in m.parts.items() if part not in ('lora_A','lora_B')]
-        if not isinstance(m, LoRA) or type(m).site_factors is not LoRA.site_factors or any(o is not None for o in others):
-            raise ValueError(f'{path} has the adapter {m.adapter.__name__}, which is no product of two matrices: only LoRA can be cut')
+        plain = isinstance(m, LoRA) and all(getattr(type(m), f) is getattr(LoRA, f) for f in ('site_factors','site_delta'))
+        if not plain or {*m.parts}!={'lora_A','lora_B'}:
+            raise ValueError(f'{path} has the adapter {m.adapter.__name__}, whose update is not the product of two matrices alone: '
+                             'only LoRA can be cut (the adapters lora and frozen_a)')
         if m.merged: raise ValueError('the adapters are merged: call unmerge_adapters(model) before cutting')
         found |= {s.name:(m, kind) for kind,s in m.sites.items()}
     if not found: raise ValueError(f'{type(model).__name__} has no adapters to cut')
@@ -98,9 +100,10 @@ def concentrate(
     for n,(m,kind) in cut_sites(model).items():
         if ranks[n]>=m.rank(kind): continue
         U,S,Vh = singular_parts(*m.site_factors(kind))
-        root = (S/m.scaling[kind]).sqrt() # both factors get the same length
-        m.lora_A[kind].copy_(root[:,None]*Vh)
-        m.lora_B[kind].copy_(U*root)
+        S = S/m.scaling[kind]
+        in_A,in_B = (torch.ones_like(S),S) if 'lora_A' in m.frozen else (S.sqrt(),S.sqrt()) # a frozen `A` is orthonormal, and stays so
+        m.lora_A[kind].copy_(in_A[:,None]*Vh)
+        m.lora_B[kind].copy_(U*in_B)
         keep[n] = list(range(ranks[n]))
     return keep
 
@@ -116,23 +119,65 @@ def cut_model(
 class Cut(Schedule):
     "After `at` of the training, cut the adapters to the Plan's budget; the rest of the training recovers"
     def __init__(self,
-        at:float=.7 # Share of all steps that the generous ranks train
+        at:float=.7, # Share of all steps that the generous ranks train
+        measure=None # Called before and after the cut; gives numbers to keep, with accuracy, ece_raw and ece for `cut_text`
     ):
         super().__init__()
-        self.at = at
+        self.at,self.measure,self.stages = at,measure,{}
     def before_fit(self):
         "Refuse adapters that cannot be cut before anything is trained"
-        self.unfinished = self.plan.spent>self.plan.budget
+        self.unfinished,self.stages = self.plan.spent>self.plan.budget,{}
         if self.unfinished: cut_sites(self.model)
+    def state_dict(self):
+        "For a checkpoint: what was measured too"
+        return super().state_dict() | dict(stages=self.stages)
+    def load_state_dict(self,
+        state:dict # From `state_dict`
+    ):
+        "Go on from a checkpoint"
+        super().load_state_dict(state)
+        self.stages = state.get('stages', {})
+    def look(self,
+        when:str # before or after
+    ):
+        "Measure the model as it is; the training goes on as if nobody had looked"
+        if not self.measure: return
+        with preserved(self.model): self.stages[when] = self.measure()
     def after_step(self):
         "Cut once; Adam's moments of the rewritten factors begin anew"
         if not self.unfinished or self.train_iter+1<self.at*self.n_epoch*self.n_iter: return
+        self.look('before')
         plan,self.unfinished = self.plan,False
         keep = concentrate(self.model, cut_choice(self.model, plan.budget, plan.unit))
         self.resize(keep)
         for (site,_),(p,_) in rank_tensors(self.model).items():
             for state in optimiser_states(self.opt) if site in keep else (): state.pop(p, None)
+        self.look('after')
 
 schedules['cut'] = Cut
 presets['cut'] = Preset('twice the budget in uniform ranks, then the largest singular values of all updates', schedule='cut', excess=2.,
                         source='after PARA, arXiv 2604.27796')
+
+# %% ../../nbs/55_cut.ipynb #bef951ae
+def measure_cut(
+    learn, # From `fclora_learner`
+    measure # As for `Cut`
+):
+    "Have the cut of `learn` measured, where its Plan has one"
+    for cb in learn.cbs:
+        if isinstance(cb, Cut): cb.measure = measure
+
+def cut_numbers(
+    learn # Trained
+)->dict: # {'cut': {before and after: numbers}}, empty where nothing was measured
+    "What was measured around the cut of `learn`"
+    return {'cut':cb.stages for cb in learn.cbs if isinstance(cb, Cut) and cb.stages}
+
+def cut_text(
+    stages:dict, # {before and after: numbers}
+    end:dict # The same numbers at the end of the training
+)->str:
+    "Accuracy and ECE around a cut, in one line"
+    def row(s): return f"{s['accuracy']:.4f}, {s['ece_raw']:.4f} / {s['ece']:.4f}"
+    return (f"accuracy and ECE (raw / scaled) of the validation images: {row(stages['before'])} before the cut, "
+            f"{row(stages['after'])} after it, {row(end)} at the end")
