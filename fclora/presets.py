@@ -32,8 +32,9 @@ class Preset:
     source:str='' # Where it is described, such as arXiv 2402.09353
 
 presets = dict(
-    fclora=Preset('FC-LoRA: ranks by Fisher information, gradient and covariance', paper_weights, allocator='waterfill'),
-    uniform=Preset('the same rank everywhere; measures nothing'),
+    fclora=Preset('FC-LoRA: ranks by Fisher information, gradient and covariance', paper_weights, allocator='waterfill',
+                  source='S. Bandyopadhyay, technical note of May 2025'),
+    uniform=Preset('the same rank everywhere; measures nothing', source='LoRA, arXiv 2106.09685'),
     random=Preset('ranks dealt at random; measures nothing', allocator='random'),
     inverse=Preset("most ranks where FC-LoRA's score is lowest", paper_weights, allocator='inverse'),
     naive=Preset("FC-LoRA's scores, rounded without holding the budget", paper_weights, allocator='naive'))
