@@ -106,6 +106,7 @@ Modules:
 - `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
+- `fclora.studies.scaling`: A step of one process beside the same step shared by two, and what the exchange between them costs
 - `fclora.studies.systems`: Planning and training time of every system beside plain LoRA, in one run
 - `fclora.systems.adalora`: Updates in the form of a singular value decomposition, whose values are pruned by sensitivity while they train
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
