@@ -88,13 +88,16 @@ def allocate(
     seed:int=0, # For allocators that name `seed`
     evaluate=None, # Function from ranks to a loss, for allocators that name `evaluate`
     metrics:dict=None, # {metric: {site: value}} behind the scores, for allocators that name `metrics`
-    sites:list=None # `Site`s, for allocators that name `sites`
+    sites:list=None, # `Site`s, for allocators that name `sites`
+    path=None # File that keeps the trials of a search, for allocators that name `path` and have no file of their own
 )->dict: # {site: rank}
     "Ranks by the allocator of that name"
     if searches(allocator) and evaluate is None:
         raise ValueError(f'the allocator {allocator} searches: it needs `evaluate`, a function from ranks to a loss')
-    f = allocators[allocator]
-    return f(scores, budget, lo, hi, costs, **pick(f, dict(seed=seed, evaluate=evaluate, metrics=metrics, sites=sites)))
+    f,given = allocators[allocator],dict(seed=seed, evaluate=evaluate, metrics=metrics, sites=sites)
+    own = signature(f).parameters.get('path')
+    if own and own.default is None: given['path'] = path
+    return f(scores, budget, lo, hi, costs, **pick(f, given))
 
 # %% ../nbs/32_make_plan.ipynb #b0e80f8b
 def site_metrics(
@@ -147,20 +150,23 @@ def make_plan(
     unit:str='ranks', # ranks or params
     lo:int=1, # Lower bound of a rank
     hi:int=16, # Upper bound of a rank; a site narrower than this is bounded by its width
-    weights:dict=None, # {metric: weight}; this, the next four and `scaling` are the preset's by default
+    weights:dict=None, # {metric: weight}; this, the next five and `scaling` are the preset's by default
     normaliser:str=None, # One of `normalisers`
     allocator:str=None, # One of `allocators`
     adapter:str=None, # One of `adapters`
     init:str=None, # One of `initialisers`
+    schedule:str=None, # One of `schedules`
     lora_alpha:float=8., # Numerator of the scaling
     scaling=None, # Rule of `scalings`, or {site name: multiplier}
     dropout:float=0., # On the input of the updates
     seed:int=0, # Of random ranks
     settings:dict=None, # Anything else worth keeping
-    evaluate=None # Function from ranks to a loss, for an allocator that searches
+    evaluate=None, # Function from ranks to a loss, for an allocator that searches
+    path=None # File that keeps its trials
 )->Plan:
     "Score, allocate, and put the result into a `Plan`"
-    p = chosen(method, weights=weights, normaliser=normaliser, allocator=allocator, adapter=adapter, init=init, scaling=scaling)
+    parts = dict(weights=weights, normaliser=normaliser, allocator=allocator, adapter=adapter, init=init)
+    p = chosen(method, **parts, schedule=schedule, scaling=scaling)
     check_parts(p, lora_alpha=lora_alpha, dropout=dropout)
     check_budget(sites, budget, unit, lo, hi, p.adapter)
     if p.weights and not metrics and reads_scores(allocators[p.allocator]):
@@ -172,7 +178,7 @@ def make_plan(
     costs,fixed = rank_prices(sites, p.adapter) if unit=='params' else (None,0)
     spend = first_budget(sites, budget, p.excess, unit, hi, p.adapter)-fixed
     ranks = allocate(p.allocator, scores or dict.fromkeys(names, 1.), spend, lo, rank_caps(sites, hi), costs, seed, evaluate,
-                     detailed, sites)
+                     detailed, sites, path)
     ranks = {n:int(ranks.get(n, 0)) for n in names}
     for s in sites: check_rank(s, ranks[s.name])
     return Plan(model_name, sites, ranks, budget, unit, method, lo, hi, metrics, scores, p.adapter, p.init, lora_alpha, p.scaling, dropout,

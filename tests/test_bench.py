@@ -9,6 +9,7 @@ from fclora.adapt import *
 from fclora.cli import main
 from fclora.forecast import *
 from fclora.fused import rank_slices
+from fclora.scorers.measure import Scorer, scorers
 from fclora.sites import is_head
 from fclora.studies.bench import *
 from fclora.studies.contenders import *
@@ -167,6 +168,31 @@ def test_a_part_has_rows_with_positive_numbers(part):
     assert list(table.index)==list(block['rows']) and not table.map(lambda o: not isinstance(o, str)).any().any()
     if part=='memory': assert block['measure']=='bytes kept for the backward pass'
     if part=='inference': assert block['rows']['merged']['max_diff']<1e-4
+
+def test_every_scorer_has_its_cost_beside_training_steps(monkeypatch):
+    class Broken(Scorer):
+        name = 'broken'
+        def start(self, model, sites): raise ValueError('it needs more')
+    monkeypatch.setitem(scorers, 'broken', Broken)
+    block = bench_parts['scoring'](setup(steps=1))
+    rows,alone = block['rows'],[k for k in scorers if k!='broken']
+    assert list(rows)==['steps','scoring',*alone] and len(alone)>12 and {'gate_fisher','spectrum','cka'}<=set(alone)
+    assert all(rows[k]['steps100']>0 and rows[k]['ratio']>0 for k in alone) and 'steps100' not in rows['steps']
+    assert block['left_out']=='broken: it needs more'
+    assert set(block['rounds'])=={'steps','scoring','steps beside the scorers',*alone,*(f'{k}, 2 batches' for k in alone)}
+    assert set(bench_table(block).loc['steps'][['100 batches / 100 steps']])=={'–'}
+
+def test_what_needs_more_images_than_there_are_is_left_out_with_its_reason():
+    block = bench_parts['scoring'](setup(steps=1, batch_size=1))
+    missing = set(scorers)-set(block['rows'])
+    assert missing=={'cka','cka_mean','cka_unbiased'}
+    assert all(f'{k}: CKA needs at least 4 samples, got 2' in block['left_out'] for k in missing)
+
+def test_a_hundred_batches_from_two_lengths():
+    once,batch,step = 3.,.5,.25 # seconds
+    def passes(n): return [k*(once+batch*n) for k in (1,2,4)] # rounds on a machine that gets slower
+    assert steps_of_100(passes(5), passes(2), [5*k*step for k in (1,2,4)], 5)==pytest.approx((once+100*batch)/(100*step))
+    assert steps_of_100([1.], [1.2], [1.], 5)==pytest.approx(1.2/20) # more batches take no less time
 
 def test_two_processes_beside_one():
     block = bench_parts['processes'](setup(steps=2))

@@ -40,7 +40,8 @@ def outline_model(
     except (RuntimeError, NotImplementedError): return None
 
 # %% ../../nbs/71a_asked.ipynb #60504a75
-planned_options = ('budget','unit','lo','hi','kinds','include','weights','normaliser','allocator','from_block') # What a Plan has decided
+planned_options = ('budget','unit','lo','hi','kinds','include','weights','normaliser','allocator','rank_schedule',
+                   'from_block') # What a Plan has decided
 adapter_options = ('adapter','init','lora_alpha','scaling','dropout') # What may still be said beside it
 
 def check_contradiction(
@@ -97,7 +98,9 @@ def check_asked(
     if plan is not None or method in regimes: return
     asked = {k:p.default for k,p in signature(plan_model).parameters.items()} | {k:v for k,v in options.items() if v is not None}
     weights = parse_weights(asked['weights']) if isinstance(asked['weights'], str) else asked['weights']
-    parts = chosen(method, weights=weights, **{k:asked[k] for k in ('normaliser','allocator','adapter','init')})
+    named = {k:asked[k] for k in ('normaliser','allocator','adapter','init')}
+    parts = chosen(method, weights=weights, schedule=asked['rank_schedule'], **named)
+    check_schedule(asked['rank_schedule'], parts.adapter)
     check_parts(parts, **{k:asked[k] for k in ('lora_alpha','scaling','dropout')})
     checked(asked['unit'], one_of(('ranks','params')), 'unit of the budget')
     try: re.compile(asked['include'] if isinstance(asked['include'], str) else '')

@@ -115,7 +115,8 @@ def _mib(v): return f'{v/2**20:,.1f}'
 _columns = dict(seconds=('ms',_milli), images_s=('images/s','{:,.1f}'.format), bytes=('MiB',_mib), peak_bytes=('peak MiB',_mib),
                 ratio=('ratio','{:.3f}'.format), ratio_q25=('25 %','{:.3f}'.format), ratio_q75=('75 %','{:.3f}'.format),
                 to_frozen=('to frozen','{:.3f}'.format), limit=('limit','{:.3f}'.format), reached=('reached','{:.0%}'.format),
-                speedup=('times faster','{:.2f}'.format), predicted=('predicted ms',_milli),
+                steps100=('100 batches / 100 steps','{:.2f}'.format), speedup=('times faster','{:.2f}'.format),
+                predicted=('predicted ms',_milli),
                 mfu=('of ceiling','{:.0%}'.format), max_diff=('largest difference','{:.1e}'.format), sites=('sites',str),
                 total_rank=('total rank',str))
 
