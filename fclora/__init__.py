@@ -108,7 +108,7 @@ Modules:
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
 - `fclora.studies.scaling`: A step of one process beside the same step shared by two, and what the exchange between them costs
 - `fclora.studies.systems`: Planning and training time of every system beside plain LoRA, in one run
-- `fclora.systems.adalora`: Updates in the form of a singular value decomposition, whose values are pruned by sensitivity while they train
+- `fclora.systems.adalora`: Prune the values of singular value decompositions by sensitivity while they train
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
 - `fclora.systems.cka`: Adapt the blocks that change the representation of an image most
 - `fclora.systems.cut`: Train with generous ranks, then keep the largest singular values of all updates within the budget
@@ -117,9 +117,11 @@ Modules:
 - `fclora.systems.experts`: An update of several experts, which a router mixes anew for every token
 - `fclora.systems.floe`: The blocks whose adapters the loss depends on, and their number by Bayesian search
 - `fclora.systems.gora`: Ranks by what weights and gradients say, and a start one step down the gradient
+- `fclora.systems.search`: Try few of many options, each once, where a Gaussian process expects the lowest loss
 - `fclora.systems.stella`: An update in the form of a singular value decomposition, with both subspaces on the Stiefel manifold
 - `fclora.systems.step_sizes`: How far a site moves in its first step, and three options that change it
 - `fclora.systems.stiefel`: LoRA whose `B` keeps orthonormal columns, and FoRA, which has such adapters in half of the blocks
+- `fclora.systems.svd`: Updates in the form of a singular value decomposition, whose values can be taken away one by one
 - `fclora.train.callbacks`: Stop on a loss that is no number, keep every epoch, refuse callbacks that cannot work
 - `fclora.train.checkpoint`: Stop a training at any step and go on later, to the same weights bit for bit
 - `fclora.train.ema`: A moving average of the weights that train, which is what is validated, kept and tested

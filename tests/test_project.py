@@ -135,10 +135,15 @@ def test_modules_import_only_from_earlier_pages_and_nothing_private():
             mine,other = page(p),pages.get(mod)
             if other: assert (mine.startswith('studies/'),mine)>(other.startswith('studies/'),other), (p, mod)
 
+def exported_lines(nb): return sum(s.count('\n') for _,s in cells(nb, 'code') if re.match(r'#\| *exporti?\b', s))
+
 def test_a_page_exports_few_lines():
-    for nb in notebooks:
-        n = sum(s.count('\n') for _,s in cells(nb, 'code') if re.match(r'#\| *exporti?\b', s))
-        assert n<=250, (nb, n)
+    for nb in notebooks: assert exported_lines(nb)<=250, (nb, exported_lines(nb))
+
+def test_a_page_of_a_system_exports_fewer():
+    pages = [nb for nb in notebooks if any(re.match(r'#\| *default_exp +systems\.', s) for _,s in cells(nb, 'code'))]
+    assert len(pages)>=14
+    for nb in pages: assert exported_lines(nb)<=120, (nb, exported_lines(nb))
 
 # --- generated files
 

@@ -1,7 +1,7 @@
-"AdaLoRA: its importances, masks and ranks against PEFT's, and small models in the end"
+"AdaLoRA: its importances, masks and ranks against PEFT's, and its adapter in every kind of model"
 from copy import deepcopy
 from types import SimpleNamespace
-import pytest, timm, torch
+import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
@@ -11,16 +11,13 @@ from fastai.optimizer import OptimWrapper
 from functools import partial
 from torch import nn
 from torch.testing import assert_close
+import system_models as S
 from fclora.adapt import *
 from fclora.backbones import create_backbone, image_config
 from fclora.data.loaders import get_dls
 from fclora.data.sources import load_images
 from fclora.find import find_sites
-from fclora.lora import adapters
 from fclora.make_plan import make_plan
-from fclora.runs.finetune import finetune
-from fclora.runs.folder import load_model
-from fclora.runs.use import merge_run
 from fclora.systems.adalora import *
 from fclora.train.learner import fclora_learner
 from fclora.train.recipe import recipe
@@ -120,54 +117,11 @@ def test_final_ranks_equal_pefts(pair):
 
 # --- the form
 
-def vit(name='test_vit', **kw):
-    torch.manual_seed(0)
-    return timm.create_model(name, img_size=32, num_classes=4, **kw).eval()
+@pytest.mark.parametrize('name', S.every_model)
+@pytest.mark.parametrize('check', [S.starts_as_base, S.merges, S.saves_and_loads, S.trains_in_half_precision])
+def test_every_model(name, check): check(name, 'svd')
 
-def filled(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in adapter_params(model).values(): p.normal_(0, .2)
-    return model
-
-def some_ranks(model, **kw): return {s.name:1+i%3 for i,s in enumerate(find_sites(model, **kw))}
-
-@pytest.mark.parametrize('make', [lambda: vit(patch_size=8), lambda: vit('deit_tiny_distilled_patch16_224', patch_size=8, depth=2),
-                                  lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=32, window_size=2, embed_dim=24, depths=(1,1), num_heads=(2,2), num_classes=4).eval()])
-def test_fused_qkv_start_merge_and_state(make):
-    model,x = make(),torch.randn(2, 3, 32, 32)
-    net = adapt(deepcopy(model), some_ranks(model), 'svd')
-    with torch.no_grad():
-        assert_close(net(x), model(x), rtol=0, atol=0)
-        out = filled(net)(x)
-        assert (out-model(x)).abs().max()>1e-3
-        again = adapt(deepcopy(model), some_ranks(model), 'svd')
-        again.load_state_dict(adapter_state(net), strict=False)
-        assert torch.equal(again(x), out)
-        assert_close(unload(deepcopy(net), merge=True)(x), out, atol=1e-4, rtol=1e-4)
-
-def test_a_convolution_and_a_language_model():
-    torch.manual_seed(0)
-    conv,x = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.Flatten(), nn.Linear(6*49, 4)),torch.randn(2, 3, 16, 16)
-    net = filled(adapt(deepcopy(conv), {find_sites(conv, include='0', kinds=('conv',))[0].name:2}, 'svd'))
-    with torch.no_grad(): assert_close(unload(deepcopy(net), merge=True)(x), net(x), atol=1e-4, rtol=1e-4)
-    transformers = pytest.importorskip('transformers')
-    cfg = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=40)
-    llama,ids = transformers.LlamaForCausalLM(cfg).eval(),torch.randint(0, 40, (2,5))
-    net = filled(adapt(deepcopy(llama), some_ranks(llama), 'svd'))
-    with torch.no_grad():
-        out = net(ids).logits
-        assert (out-llama(ids).logits).abs().max()>1e-4
-        assert_close(unload(net, merge=True)(ids).logits, out, atol=1e-4, rtol=1e-4)
-
-def test_bf16_and_no_graph_break():
-    net = freeze(filled(adapt(vit(patch_size=8), some_ranks(vit(patch_size=8)), 'svd'))).train()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.autocast('cpu', torch.bfloat16): net(x).float().sum().backward()
-    assert all(p.grad.dtype==torch.float32 and p.grad.isfinite().all() for p in adapter_params(net).values())
-    torch._dynamo.reset()
-    want = net(x)
-    assert_close(torch.compile(net, fullgraph=True, backend='aot_eager')(x), want, atol=1e-5, rtol=1e-5)
+def test_one_graph(): S.compiles('deit', 'svd')
 
 # --- the schedule
 
@@ -222,16 +176,3 @@ def test_a_second_fit_and_frozen_adapters(data):
     ranks = current_ranks(learn.model)
     fit(learn)
     assert current_ranks(learn.model)==ranks
-
-# --- end to end
-
-def test_finetune_saves_a_small_model(tmp_path):
-    run = finetune('digits', 'adalora', budget=20, epochs=2, batch_size=32, limit='160,96,96', out=str(tmp_path/'run'), probe=False, quiet=True)
-    model,cfg = load_model(tmp_path/'run')
-    assert cfg['adapter']=='svd' and sum(cfg['ranks'].values())==20==run.plan.total_rank
-    assert {tuple(p.shape) for n,p in adapter_params(model).items() if 'lora_A' in n}=={(r,128) for r in cfg['ranks'].values() if r}
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): want = model(x)
-    merge_run(tmp_path/'run', tmp_path/'plain')
-    plain = timm.create_model(f'local-dir:{tmp_path}/plain', pretrained=True).eval()
-    with torch.no_grad(): assert_close(plain(x), want, atol=1e-4, rtol=1e-4)

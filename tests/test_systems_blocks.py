@@ -74,22 +74,33 @@ def fisher_by_hand(model, path, batches):
     return sum(g.square().sum() for gs in grads for g in gs).item()/len(batches)
 
 models = dict(vit=('test_vit', dict(img_size=32, patch_size=8)), deit=('deit_tiny_distilled_patch16_224', dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)),
-              swin=('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=4, embed_dim=24, depths=(2,2), num_heads=(2,4))))
+              swin=('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=4, embed_dim=24, depths=(2,2), num_heads=(2,4))), conv=('test_resnet', {}))
 
 @pytest.mark.parametrize('kind', models)
 def test_block_fisher_over_all_parameters_in_both_forms(kind):
     torch.manual_seed(0)
     name,kw = models[kind]
     model,data = timm.create_model(name, num_classes=4, **kw),batches()
+    sites = find_sites(model, ('conv',) if kind=='conv' else ('q','k','v'))
     flags = [p.requires_grad_(i%3>0).requires_grad for i,p in enumerate(model.parameters())]
-    got = measure(model, data, None, ['block_fisher','sample_block_fisher','fisher'])
+    got = measure(model, data, sites, ['block_fisher','sample_block_fisher','fisher'])
     assert [p.requires_grad for p in model.parameters()]==flags and all(p.grad is None for p in model.parameters())
     model.requires_grad_(True)
     singles = [one for b in data for one in one_by_one(b, 4)]
     for form,some in (('block_fisher',data), ('sample_block_fisher',singles)):
         values = block_means(got[form])
         for path in values: assert values[path]==pytest.approx(fisher_by_hand(model, path, some), rel=1e-3)
-    assert got['fisher']==pytest.approx(measure(model, data, None, ['fisher'])['fisher'])      # beside it nothing changes
+    assert got['fisher']==pytest.approx(measure(model, data, sites, ['fisher'])['fisher'])      # beside it nothing changes
+
+@pytest.mark.parametrize('kind', models)
+def test_block_fisher_of_a_16_bit_model(kind):
+    torch.manual_seed(0)
+    name,kw = models[kind]
+    model,data = timm.create_model(name, num_classes=4, **kw),batches()
+    sites,forms = find_sites(model, ('conv',) if kind=='conv' else ('q','k','v')),['block_fisher','sample_block_fisher']
+    want = measure(model, data, sites, forms)
+    got = measure(model.bfloat16(), [(x.bfloat16(),y) for x,y in data], sites, forms)
+    for form in forms: assert got[form]==pytest.approx(want[form], rel=.1)
 
 def test_the_sample_form_is_the_same_at_every_batch_size():
     torch.manual_seed(0)

@@ -9,9 +9,6 @@ from fclora.initialisers import init_adapters
 from fclora.lora import adapters
 from fclora.planning import plan_model
 from fclora.presets import presets
-from fclora.runs.finetune import finetune
-from fclora.runs.folder import load_run
-from fclora.runs.use import merge_run, predict
 from fclora.train.learner import fclora_learner
 from fclora.train.recipe import recipe
 from fclora.systems.stella import *
@@ -96,18 +93,6 @@ def test_in_a_learner_with_a_retraction_by_itself(dls):  # noqa: F811
         learn = fit(fclora_learner(dls, pico(), plan, recipe(epochs=1)))
         assert [cb.retraction for cb in learn.cbs if isinstance(cb, StiefelSteps)]==['polar'] and far(learn.model)<1e-5
         assert plan.adapter_params==36*257==count_params(learn.model)['adapter']
-
-def test_end_to_end(tmp_path):
-    out = tmp_path/'run'
-    trained = finetune('digits', 'stella', budget=36, epochs=1, limit='96,48,48', out=str(out), probe=False, quiet=True)
-    back = load_run(out)
-    assert trained.plan.total_rank==36 and back.plan.init=='stella' and far(back.model)<1e-5
-    st.Image.new('RGB', (32,32), 'white').save(tmp_path/'a.png')
-    assert len(predict(str(out), str(tmp_path/'a.png'))[0]['top'])==3
-    merge_run(str(out), str(tmp_path/'merged'))
-    plain = timm.create_model(f'local-dir:{tmp_path}/merged', pretrained=True).eval()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): assert_close(plain(x), back.model(x), rtol=1e-3, atol=1e-3)
 
 def test_other_adapters_have_no_singular_values_to_fill():
     _,net = st.adapted('deit', 'lora')

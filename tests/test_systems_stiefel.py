@@ -2,7 +2,6 @@
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 import pytest, timm, torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -10,10 +9,10 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from hypothesis import given,settings,strategies as st
-from PIL import Image
 from torch import nn
 import torch.nn.functional as F
 from torch.testing import assert_close
+import system_models as S
 from fclora.adapt import *
 from fclora.backbones import create_backbone, image_config
 from fclora.data.loaders import get_dls
@@ -24,9 +23,7 @@ from fclora.lora import adapt_layer, adapters
 from fclora.make_plan import make_plan
 from fclora.planning import plan_model
 from fclora.presets import presets
-from fclora.runs.finetune import finetune
-from fclora.runs.folder import load_run
-from fclora.runs.use import merge_run, predict
+from fclora.runs.folder import load_model
 from fclora.sites import Site
 from fclora.train.learner import fclora_learner
 from fclora.train.recipe import recipe
@@ -157,36 +154,22 @@ def plain_learner(net, cbs, n=80, bs=4, lr=3e-3):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 24, generator=g)
     y = x@torch.randn(24, 16, generator=g)/5
-    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), bs)
+    dl,valid = (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), size) for size in (bs, n))
     opt = partial(OptimWrapper, opt=torch.optim.AdamW)
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), net, nn.MSELoss(), opt, lr=lr, wd=.05, cbs=cbs, splitter=lambda m: [p for p in m.parameters() if p.requires_grad])
+    learn = Learner(DataLoaders(dl, valid, device='cpu'), net, nn.MSELoss(), opt, lr=lr, wd=.05, cbs=cbs, splitter=lambda m: [p for p in m.parameters() if p.requires_grad])
     return learn
 
-def test_drift_after_a_thousand_steps_of_a_learner():
-    "With accumulation over two batches, clipping, weight decay and bfloat16"
+@pytest.mark.parametrize('retraction', [*retractions, None])
+def test_drift_after_a_thousand_steps_of_a_learner(retraction):
+    "With accumulation over two batches, clipping, weight decay and bfloat16; without a retraction far fewer steps are too many"
     net,count = toy(),CountSteps()
     start = net[0].lora_B.fc1.detach().clone()
-    learn = plain_learner(net, [StiefelSteps(), GradientAccumulation(8), GradientClip(.1), AutocastCPU(), count])
-    with learn.no_bar(), learn.no_logging(): learn.fit(100)
+    kept = [StiefelSteps(retraction)] if retraction else []
+    learn = plain_learner(net, [*kept, GradientAccumulation(8), GradientClip(.1), AutocastCPU(), count], n=800)
+    with learn.no_bar(), learn.no_logging(): learn.fit(10 if retraction else 1)
+    if not retraction: assert far(net)>1e-2; return
     assert count.n==1000 and far(net)<1e-5
     assert (net[0].lora_B.fc1-start).norm()>.1 and net[0].lora_B.fc1.dtype==torch.float32
-    bad = plain_learner(toy(), [GradientAccumulation(8), GradientClip(.1), AutocastCPU()])
-    with bad.no_bar(), bad.no_logging(): bad.fit(3)
-    assert far(bad.model)>1e-2                                            # the test can fail
-
-@pytest.mark.parametrize('retraction', retractions)
-def test_drift_after_a_thousand_steps_of_a_plain_loop(retraction):
-    net,x,y = toy(),torch.randn(64, 24),torch.randn(64, 16)
-    params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=3e-3, weight_decay=.05)
-    for i in range(2000):
-        with torch.autocast('cpu', torch.bfloat16): loss = F.mse_loss(net(x[i%8::8]).float(), y[i%8::8])/2
-        loss.backward()
-        if i%2==0: continue
-        nn.utils.clip_grad_norm_(params, .1)
-        with on_stiefel(net, retraction): opt.step()
-        opt.zero_grad()
-    assert far(net)<1e-5 and (net[0].lora_B.fc1-toy()[0].lora_B.fc1).norm()>.1
 
 class Skip(Callback):
     "Cancels every other step, as a loss scaler does that met an overflow, before or after the retraction's turn"
@@ -369,20 +352,9 @@ def test_a_learner_with_retractions_is_exported(dls, tmp_path):
     learn.export(tmp_path/'l.pkl')
     assert far(load_learner(tmp_path/'l.pkl').model)<1e-5
 
-@pytest.mark.parametrize('method,options', [('fora',{}), ('uniform',dict(adapter='stiefel'))])
-def test_end_to_end(tmp_path, method, options):
-    out = tmp_path/'run'
-    run = finetune('digits', method, budget=36, epochs=1, score_batches=2, limit='96,48,48', out=str(out), probe=False, quiet=True, **options)
-    assert run.plan.total_rank==36 and run.plan.adapter=='stiefel' and far(run.model)<1e-5
-    if method=='fora': assert len({s.block for s in run.plan.sites if run.plan.ranks[s.name]})==3
-    back = load_run(out)
-    assert far(back.model)<1e-5 and back.plan.schedule==presets[method].schedule
-    Image.new('RGB', (32,32), 'white').save(tmp_path/'a.png')
-    assert len(predict(str(out), str(tmp_path/'a.png'))[0]['top'])==3
-    merge_run(str(out), str(tmp_path/'merged'))
-    plain = timm.create_model(f'local-dir:{tmp_path}/merged', pretrained=True).eval()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): assert_close(plain(x), back.model(x), rtol=1e-3, atol=1e-3)
+def test_the_adapter_alone_end_to_end(tmp_path):
+    run = S.runs_end_to_end(tmp_path, 'uniform', adapter='stiefel')
+    assert run.plan.adapter=='stiefel' and far(load_model(tmp_path/'run')[0])<1e-5
 
 def test_registered_with_its_source():
     assert adapters['stiefel'] is StiefelLoRA and presets['fora'].source=='arXiv 2605.29317'
