@@ -103,15 +103,17 @@ Modules:
 - `fclora.studies.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
 - `fclora.studies.contenders`: Fair timing on a busy machine, and every way to train a transformer that FC-LoRA is compared with
 - `fclora.studies.large`: What listing, looking, splitting and reading labels take, before anything is trained
-- `fclora.studies.parts`: The parts of a step, of scoring, of files and of the data, each measured beside something known
+- `fclora.studies.parts`: The parts of a step, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
 - `fclora.studies.scaling`: A step of one process beside the same step shared by two, and what the exchange between them costs
+- `fclora.studies.scoring`: The time of every scorer beside that of training steps
 - `fclora.studies.systems`: Planning and training time of every system beside plain LoRA, in one run
 - `fclora.systems.adalora`: Prune the values of singular value decompositions by sensitivity while they train
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others
 - `fclora.systems.cka`: Adapt the blocks that change the representation of an image most
 - `fclora.systems.cut`: Train with generous ranks, then keep the largest singular values of all updates within the budget
+- `fclora.systems.cut_schedule`: The preset `cut`: twice the budget in uniform ranks, one cut, and the rest of the training to recover
 - `fclora.systems.dora`: Train the length of every row of a weight apart from its direction
 - `fclora.systems.eva`: Give a rank to every direction of the inputs that explains much of their variance
 - `fclora.systems.experts`: An update of several experts, which a router mixes anew for every token

@@ -15,6 +15,7 @@ from fclora.studies.bench import *
 from fclora.studies.contenders import *
 from fclora.studies.parts import *
 from fclora.studies.scaling import *
+from fclora.studies.scoring import *
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 kw = dict(model='vit_pico', batch_size=2, steps=2, warmup=0, rank=2, device='cpu', models='')

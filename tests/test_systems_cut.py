@@ -19,6 +19,7 @@ from fclora.runs.folder import load_model, load_run
 from fclora.runs.use import merge_run
 from fclora.systems import adalora, dora, experts, stella, step_sizes # noqa: F401 their adapters are named below
 from fclora.systems.cut import *
+from fclora.systems.cut_schedule import *
 from fclora.train.learner import fclora_learner
 from fclora.train.logits import get_logits
 from fclora.train.recipe import recipe

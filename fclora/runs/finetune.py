@@ -36,7 +36,7 @@ from ..train.checkpoint import *
 from ..train.fallback import *
 from ..train.learner import *
 from ..train.logits import *
-from ..systems.cut import *
+from ..systems.cut_schedule import *
 from ..calibration.temperature import *
 from ..calibration.intervals import *
 from ..calibration.calibrator import *

@@ -27,7 +27,7 @@ from ..systems.step_sizes import *
 from ..systems.blocks import *
 from ..systems.cka import *
 from ..systems.experts import *
-from ..systems.cut import *
+from ..systems.cut_schedule import *
 from ..systems.stiefel import *
 from ..systems.stella import *
 from ..systems.adalora import *

@@ -33,6 +33,7 @@ from ..runs.prepare import *
 from .contenders import *
 from .parts import *
 from .scaling import *
+from .scoring import *
 
 # %% ../../nbs/studies/02_bench.ipynb #9f3e777f
 _main = 'import sys; from fclora.cli import main; sys.exit(main())'
