@@ -134,6 +134,7 @@ def check_parts(
     for registry,name,what in ((normalisers, parts.normaliser, 'normaliser'), (allocators, parts.allocator, 'allocator'),
                                (adapters, parts.adapter, 'adapter'), (initialisers, parts.init, 'init')):
         registered(registry, name, what)
+    if fits := getattr(initialisers[parts.init], 'fits', None): fits(adapters[parts.adapter])
     for package,extra in getattr(allocators[parts.allocator], 'packages', {}).items(): require(package, extra=extra)
     if parts.weights: checked_weights(parts.weights)
     values = dict(values, scaling=parts.scaling if values.get('scaling') is None else values['scaling'])

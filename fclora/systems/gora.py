@@ -79,6 +79,7 @@ def downhill(
             xi = gamma/layer.scaling[kind]*math.sqrt(site.d_in/len(A))
             layer.lora_B[kind].copy_(-xi*G.to(A.dtype)@torch.linalg.pinv(A))
 
+downhill.fits = check_product # asked before anything is measured
 initialisers['gora'] = downhill
 
 # %% ../../nbs/35_gora.ipynb #59071ba6
