@@ -98,7 +98,7 @@ def prepare(
     pretrained:bool=True, # timm's pretrained weights; otherwise random ones
     one_head:bool=False, # For distilled models: one class-token head, as in the papers, instead of two
     size:int=None, # Input size in pixels, if not the model's own
-    blocks:int=None, # Blocks to keep, from the first; all by default
+    blocks:str=None, # Blocks to keep, from the first: a number, or auto for those up to the peak of a probe by depth; all by default
     fold:str=None, # Test on one fold of all images and train on the others: 2/5 for the second of five; see fclora folds
     valid_pct:float=.2, # Share of the training images for validation, unless there is val/
     test_pct:float=None, # Share of all images for the test, unless there is a test set; .2, for digits .4
@@ -120,7 +120,8 @@ def prepare(
     quiet:bool=False # No progress bars
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
-    check_ranges(**locals())
+    blocks = wanted_blocks(blocks)
+    check_ranges(**{k:v for k,v in locals().items() if v!='auto'})
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
@@ -130,8 +131,11 @@ def prepare(
     if fold: images = take_fold(images, fold, valid_pct, seed)
     if (text := imbalance_text(images)): warnings.warn(text, stacklevel=2)
     set_seed(seed)
-    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std, blocks)
+    net = create_backbone(name, len(images.vocab), pretrained, checkpoint, one_head, size, head_std, None if blocks=='auto' else blocks)
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
+    if blocks=='auto':
+        blocks = blocks_to_peak(net.to(dls.device), score_dl(dls), dls.c)
+        keep_blocks(net, blocks)
     split.update(fold=fold, flip=images.flip and not no_flip)
     about = dict(model=model_config(name, pretrained, checkpoint, one_head, size, blocks), data=data_config(images, data, split))
     return images,dls,net.to(dls.device),about

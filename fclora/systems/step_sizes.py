@@ -35,6 +35,8 @@ def first_steps(
     with preserved(model), torch.enable_grad(): # and the random states
         torch.manual_seed(plan.seed)
         net = freeze(init_adapters(plan.adapt(deepcopy(model)), plan.init, [batch]))
+        if not all(m.mergeable for m in adapted_layers(net).values()):
+            raise ValueError(f'the adapter {plan.adapter} adds nothing to a weight that could be measured')
         def deltas():
             return {s.name:layer.site_delta(kind).detach() for layer in adapted_layers(net).values() for kind,s in layer.sites.items()}
         before = deltas()
