@@ -88,7 +88,7 @@ def with_names(
     doc:str # Comment of a parameter
 )->str: # For the help of an option
     "`doc` with the names that are registered in place of a registry of `registries`"
-    for name,registry in registries.items(): doc = doc.replace(f'`{name}`', ', '.join(registry))
+    for name,registry in registries.items(): doc = doc.replace(f'`{name}`', ', '.join(sorted(registry)))
     return doc
 
 # %% ../nbs/89_options.ipynb #239891fc
