@@ -16,7 +16,7 @@ from numbers import Integral,Real
 # %% ../nbs/18a_ranges.ipynb #793538aa
 ranges = dict( # {option: (lowest, highest)}; a value of None means the default and is always allowed
     # images
-    size=(1, 4096), blocks=(1, 10_000), valid_pct=(.0001, .9999), test_pct=(.0001, .9999), num_workers=(0, 256),
+    size=(1, 4096), valid_pct=(.0001, .9999), test_pct=(.0001, .9999), num_workers=(0, 256),
     batch_size=(1, 65_536), bs=(1, 65_536), score_bs=(1, 65_536),
     # training
     seed=(0, 2**32-1), epochs=(1, 100_000), lr=(0., 100.), head_lr=(0., 100.), b_ratio=(0., 1e6), wd=(0., 100.),

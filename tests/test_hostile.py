@@ -134,7 +134,8 @@ def test_parts_of_a_plan_are_names_from_the_registries(run, tmp_path, capsys, un
 
 @pytest.mark.parametrize('option', planned_options)
 def test_a_plan_and_what_it_has_decided_contradict_each_other(option, run, capsys, unread, tmp_path):
-    value = dict(budget='36', unit='ranks', lo='1', hi='16', kinds='q,k,v', include='attn', weights='fisher=1', normaliser='minmax', allocator='uniform', from_block='0')[option]
+    value = dict(budget='36', unit='ranks', lo='1', hi='16', kinds='q,k,v', include='attn', weights='fisher=1', normaliser='minmax', allocator='uniform', from_block='0',
+                 rank_schedule='stiefel_qr')[option]
     msg = fails(capsys, 'finetune', 'digits', '--plan', run/'plan.json', f"--{option.replace('_', '-')}", value, '--out', tmp_path/'r')
     assert f"has decided what --{option.replace('_', '-')} would say" in msg and not (tmp_path/'r').exists()
 

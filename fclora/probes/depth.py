@@ -113,8 +113,8 @@ def wanted_blocks(
 ): # The same, a number as an int
     "What --blocks says, or an error"
     if blocks in (None, 'auto'): return blocks
-    try: return int(blocks)
-    except ValueError: raise ValueError(f'--blocks must be a number or auto, got {blocks!r}') from None
+    if str(blocks).isdigit() and int(blocks)>0: return int(blocks)
+    raise ValueError(f'--blocks must be a number from 1 on, or auto, got {blocks!r}')
 
 # %% ../../nbs/47_depth.ipynb #9573ac5a
 def print_profile(

@@ -59,7 +59,7 @@ def check_parts_of_model(
     "Raise unless backbone, images and adapters are described as they can be"
     base,data = config['model'],config['data']
     _check_items(base, model_checks, f'{file}: model')
-    if 'blocks' in base: checked_item(base, 'blocks', maybe(whole_number(*ranges['blocks'])), f'{file}: model')
+    if 'blocks' in base: checked_item(base, 'blocks', maybe(whole_number(1, 10_000)), f'{file}: model')
     if base['checkpoint']: _check_items(base['checkpoint'], checkpoint_checks, f'{file}: checkpoint')
     _check_items(config['image'], image_checks, f'{file}: image')
     _check_items(data, {k:v for k,v in data_checks.items() if k in data}, f'{file}: data')

@@ -121,7 +121,7 @@ def prepare(
 )->tuple: # images, dls, model on its device, and dict(model=, data=) that says how to get both again
     "Load images and backbone"
     blocks = wanted_blocks(blocks)
-    check_ranges(**{k:v for k,v in locals().items() if v!='auto'})
+    check_ranges(**locals())
     name = check_source(model or default_model(data), pretrained, checkpoint)
     split = dict(images=images, label_column=label_column, multi_label=multi_label, classes=classes, limit=limit,
                  valid_pct=valid_pct, test_pct=test_pct, seed=seed, skip_bad=skip_bad)
