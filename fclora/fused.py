@@ -68,7 +68,7 @@ class _LowRankProduct(torch.autograd.Function):
         tokens,W,A,Bt,u = ctx.saved_tensors
         g,grad_x = grad.reshape(-1, len(W)),None
         t = Bt@g.T # (R, tokens): a tall and narrow result would take twice as long
-        if ctx.needs_input_grad[0]: grad_x = (g@W.to(g.dtype)).addmm_(t.T, A).view(ctx.shape)
+        if ctx.needs_input_grad[0]: grad_x = (g@W).addmm_(t.T, A).view(ctx.shape)
         n_factors = len(ctx.needs_input_grad)-4
         if not any(ctx.needs_input_grad[4:]): return grad_x, None, None, None, *[None]*n_factors
         if u is None: u = A@tokens.T
@@ -94,7 +94,7 @@ class FusedLoRA(LoRA):
     def forward(self, x):
         if self.merged or not self.fusable(): return super().forward(x)
         factors = [part[kind] for part in (self.lora_A, self.lora_B) for kind in self.sites]
-        return _LowRankProduct.apply(_as_autocast(x), self.weight, self.bias, self, *factors)
+        return _LowRankProduct.apply(_as_autocast(x), _as_autocast(self.weight), self.bias, self, *factors)
 
     def fold(self):
         "Add the update to the weight in place, without forming it beside the weight where that can be"

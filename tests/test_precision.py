@@ -1,0 +1,160 @@
+"Products in 16 bits on a CPU: the frozen part is copied once, and what comes out is what the formula gives"
+from copy import deepcopy
+from unittest.mock import patch
+import pytest, timm, torch
+import torch.nn.functional as F
+from torch import nn
+from fclora.adapt import adapt, adapted_layers, freeze, merge_adapters, unmerge_adapters
+from fclora.find import find_sites
+from fclora.lora import LoRA, adapters
+from fclora.precision import FrozenCopies, autocast, most_plain_tokens, plain_attention
+
+@pytest.fixture(autouse=True)
+def able():
+    "The products of bfloat16 work on any CPU; only slowly where it has no instructions for them"
+    with patch('torch.cpu.get_capabilities', lambda: dict(avx512_bf16=True)): yield
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=32, patch_size=8, depth=3, **kwargs)
+
+def adapted(adapter='lora', **kwargs):
+    "q of rank 2, k without one, v of rank 4, filled as by training"
+    net = vit()
+    ranks = {s.name:dict(q=2, k=0, v=4)[s.kind] for s in find_sites(net)}
+    net = freeze(adapt(net, ranks, adapter, **kwargs))
+    torch.manual_seed(1)
+    for m in adapted_layers(net).values():
+        for B in m.lora_B.values(): nn.init.normal_(B, std=.1)
+    return net
+
+def batch(): return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)),torch.arange(6)
+
+def one_step(net, block):
+    "Loss and gradients of one batch"
+    x,y = batch()
+    net.zero_grad()
+    with block: loss = F.cross_entropy(net(x).float(), y)
+    loss.backward()
+    return loss.detach(),{n:p.grad.clone() for n,p in net.named_parameters() if p.grad is not None}
+
+def near(a, b, tol):
+    "Losses agree, and gradients in direction and size"
+    assert abs(a[0]-b[0])<=tol and a[1].keys()==b[1].keys()
+    for n in a[1]: assert (a[1][n]-b[1][n]).norm()<=4*tol*b[1][n].norm()+1e-6, n
+
+def as_formula(net):
+    "The same model, its updates by the formula of `LoRA` instead of in one function"
+    with patch.dict(adapters, lora=LoRA):
+        plain = adapted()
+        plain.load_state_dict(net.state_dict())
+    return plain
+
+def test_the_fast_path_is_the_formula():
+    fast = adapted()
+    near(one_step(fast, autocast(fast, 'fp32')), one_step(as_formula(fast), autocast(fast, 'fp32')), 1e-5)
+    near(one_step(fast, autocast(fast, 'bf16')), one_step(as_formula(fast), autocast(fast, 'bf16')), .02)
+    near(one_step(fast, autocast(fast, 'bf16')), one_step(fast, autocast(fast, 'fp32')), .03)
+
+def test_with_the_copies_as_without():
+    net = adapted()
+    plain_attention(net)
+    a,b = one_step(net, autocast(net, 'bf16')),one_step(net, torch.autocast('cpu', torch.bfloat16))
+    assert torch.equal(a[0], b[0]) and all(torch.equal(a[1][n], b[1][n]) for n in b[1])
+
+def test_dropout_runs_the_formula():
+    net = adapted(dropout=.5).train()
+    loss,grads = one_step(net, autocast(net, 'bf16'))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+
+def test_every_frozen_weight_is_copied_once():
+    net = adapted()
+    block = autocast(net, 'bf16')
+    one_step(net, block)
+    first = {id(W):c for W,(_,c) in block.copies.copies.items()}
+    one_step(net, block)
+    assert {id(W):c.data_ptr() for W,(_,c) in block.copies.copies.items()}=={k:c.data_ptr() for k,c in first.items()}
+    frozen = [m.weight for m in net.modules() if isinstance(m, (nn.Linear,nn.Conv2d)) and not m.weight.requires_grad]
+    assert {id(W) for W in frozen}==set(first)
+    assert {p.dtype for p in net.parameters()}=={torch.float32}
+
+def test_what_trains_is_never_copied():
+    net = vit()
+    block = autocast(net, 'bf16')
+    one_step(net, block)
+    assert not block.copies.copies
+
+def test_a_weight_that_changes_is_copied_again():
+    net = adapted()
+    block = autocast(net, 'bf16')
+    before = one_step(net, block)[0]
+    with torch.no_grad(): net.blocks[0].mlp.fc1.weight.mul_(3)
+    assert one_step(net, block)[0]!=before
+    assert torch.equal(one_step(net, block)[0], one_step(net, autocast(net, 'bf16'))[0])
+
+def test_a_copy_made_for_prediction_serves_training():
+    net = adapted()
+    block = autocast(net, 'bf16')
+    with block, torch.inference_mode(): net(batch()[0])
+    assert torch.equal(one_step(net, block)[0], one_step(net, autocast(net, 'bf16'))[0])
+
+def test_merging_inside_the_block_starts_from_32_bits():
+    a,b = adapted(),adapted()
+    weights = {n:p.detach().clone() for n,p in a.named_parameters()}
+    with autocast(a, 'bf16'):
+        a(batch()[0])
+        merge_adapters(a)
+    merge_adapters(b)
+    for m,n in zip(adapted_layers(a).values(), adapted_layers(b).values()): assert torch.equal(m.weight, n.weight)
+    with autocast(a, 'bf16'): unmerge_adapters(a)
+    for n,p in a.named_parameters(): assert torch.equal(p, weights[n]), n
+
+def test_a_module_that_is_used_twice():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.fc1 = nn.Linear(32, 32)
+        def forward(self, x): return self.fc1(F.gelu(self.fc1(x)))
+    torch.manual_seed(0)
+    net = Twice()
+    adapt(net.requires_grad_(False), {'fc1':3})
+    nn.init.normal_(net.fc1.lora_B['fc1'], std=.1)
+    x = torch.randn(7, 32)
+    def grads(block):
+        net.zero_grad()
+        with block: out = net(x).float().square().mean()
+        out.backward()
+        return out.detach(),{n:p.grad.clone() for n,p in net.named_parameters() if p.grad is not None}
+    near(grads(autocast(net, 'bf16')), grads(autocast(net, 'fp32')), .02)
+
+def test_checkpointing_recomputes_the_same():
+    net = adapted()
+    kept = one_step(net, autocast(net, 'bf16'))
+    net.set_grad_checkpointing()
+    again = one_step(net, autocast(net, 'bf16'))
+    assert torch.equal(kept[0], again[0]) and all(torch.equal(kept[1][n], again[1][n]) for n in kept[1])
+
+def test_copies_of_the_model_and_no_grad():
+    net = adapted()
+    twin = deepcopy(net)
+    with torch.no_grad(), autocast(net, 'bf16'): a = net(batch()[0])
+    with torch.no_grad(), autocast(twin, 'bf16'): b = twin(batch()[0])
+    assert torch.equal(a, b) and a.dtype==torch.bfloat16
+
+def test_compiled():
+    net = adapted().eval()
+    with torch.no_grad(), autocast(net, 'bf16'):
+        plain = net(batch()[0])
+        torch._dynamo.reset()
+        compiled = torch.compile(net, backend='eager')(batch()[0])
+    assert (plain-compiled).abs().max()<.05
+
+def test_images_of_many_tokens_keep_the_kernel():
+    few,many = vit(),timm.create_model('vit_tiny_patch16_224', img_size=384, depth=1)
+    assert few.patch_embed.num_patches<=most_plain_tokens<many.patch_embed.num_patches
+    for net in (few, many): autocast(net, 'bf16')
+    assert [net.blocks[0].attn.fused_attn for net in (few, many)]==[False,True]
+
+def test_in_32_bits_nothing_is_touched():
+    net = adapted()
+    block = autocast(net, 'fp32')
+    assert torch.equal(one_step(net, block)[0], one_step(adapted(), torch.autocast('cpu', enabled=False))[0])
+    assert net.blocks[0].attn.fused_attn and not isinstance(block.copies, FrozenCopies)
