@@ -105,6 +105,7 @@ Modules:
 - `fclora.studies.large`: What listing, looking, splitting and reading labels take, before anything is trained
 - `fclora.studies.parts`: The parts of a step, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
+- `fclora.studies.products`: A training step in bfloat16 beside the same step in 32 bits, for adapters, full fine-tuning and PEFT
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
 - `fclora.studies.scaling`: A step of one process beside the same step shared by two, and what the exchange between them costs
 - `fclora.studies.scoring`: The time of every scorer beside that of training steps

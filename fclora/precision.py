@@ -66,7 +66,7 @@ class FrozenCopies(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if torch.is_autocast_enabled('cpu'):
-            if func in (F.linear, F.conv2d): args = (args[0], self.copy(args[1]), *args[2:])
+            if func in (F.linear, F.conv2d) and len(args)>1: args = (args[0], self.copy(args[1]), *args[2:])
             if func is torch.Tensor.to and args[1:]==(torch.bfloat16,): args = (self.copy(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 

@@ -68,14 +68,15 @@ class Setup:
 # %% ../../nbs/studies/01_parts.ipynb #bb354863
 def stepper(
     model:nn.Module, # On the device, frozen as it is to be trained
-    s:Setup # For the precision
+    s:Setup, # For the precision
+    block=None # Block of the forward pass, instead of that of `s`
 ): # Function of a batch
     "One training step: forward, loss, backward, AdamW"
     model.train()
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     def step(x, y):
         opt.zero_grad()
-        with s.autocast(): loss = F.cross_entropy(model(x), y)
+        with block or s.autocast(): loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
     return step
