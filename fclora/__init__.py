@@ -102,6 +102,7 @@ Modules:
 - `fclora.studies.answers`: Rows of a comparison against uniform ranks: means, paired differences with Student's interval, and a picture
 - `fclora.studies.bench`: How fast and how small FC-LoRA is beside what one would use instead, measured in one run
 - `fclora.studies.contenders`: Fair timing on a busy machine, and every way to train a transformer that FC-LoRA is compared with
+- `fclora.studies.growth`: Time and memory of a step, of scoring and of a whole run, as each dimension of the task grows
 - `fclora.studies.large`: What listing, looking, splitting and reading labels take, before anything is trained
 - `fclora.studies.parts`: The parts of a step, of files and of the data, each measured beside something known
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images

@@ -5,6 +5,7 @@ import numpy as np, pytest, timm, torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 import fclora.studies.bench as B
+import fclora.studies.growth as growth
 from fclora.adapt import *
 from fclora.cli import main
 from fclora.forecast import *
@@ -13,6 +14,7 @@ from fclora.scorers.measure import Scorer, scorers
 from fclora.sites import is_head
 from fclora.studies.bench import *
 from fclora.studies.contenders import *
+from fclora.studies.growth import *
 from fclora.studies.parts import *
 from fclora.studies.scaling import *
 from fclora.studies.scoring import *
@@ -49,7 +51,7 @@ def test_kept_bytes_are_those_of_the_arithmetic():
         assert kept_bytes(m.train(), x)/8==pytest.approx(step_cost(m, (3,32,32))['kept_bytes'], rel=.15) # attention keeps less on a CPU than on the meta device
 
 def test_sweep_points_differ_from_the_base_in_one_respect():
-    base = dict(depth=6, width=192, batch=8, rank=4, kinds=('q','k','v'))
+    base = dict(depth=6, width=192, size=112, classes=100, batch=8, rank=4, kinds=('q','k','v'))
     for axis,value,o in sweep_points(8, 4): assert {k for k in o if o[k]!=base[k]}<={axis} and o[axis]==value
 
 # --- contenders
@@ -217,9 +219,10 @@ def test_calibration_goes_on_without_torchmetrics(monkeypatch):
     assert 'ece of torchmetrics' in bench_calibration(setup(steps=1), n=500, c=5)['rows']
 
 def test_sweep_over_points_and_models(monkeypatch):
-    monkeypatch.setattr(B, 'sweep_points', lambda bs,rank: [('kinds', ('q','v'), dict(depth=1, width=64, batch=1, rank=1, kinds=('q','v')))])
-    rows = bench_sweep(setup(steps=1, batch_size=1, models=('vit_pico',)))['rows']
-    assert list(rows)==['kinds q+v','vit_pico'] and rows['kinds q+v']['total_rank']==2 and rows['vit_pico']['axis']=='model'
+    point = dict(depth=1, width=64, size=32, classes=3, batch=1, rank=1, kinds=('q','v'))
+    monkeypatch.setattr(growth, 'sweep_points', lambda bs,rank: [('kinds', ('q','v'), point)])
+    rows = bench_sweep(setup(steps=1, batch_size=1, models=('vit_pico',)), images=(32,))['rows']
+    assert list(rows)==['kinds q+v','images 32','vit_pico'] and rows['images 32']['seconds']>0 and rows['kinds q+v']['x']==2 and rows['kinds q+v']['total_rank']==2 and rows['vit_pico']['axis']=='model'
     bench_table(dict(rows=rows))
 
 # --- the command
