@@ -105,6 +105,7 @@ Modules:
 - `fclora.studies.growth`: Time and memory of a step, of scoring and of a whole run, as each dimension of the task grows
 - `fclora.studies.large`: What listing, looking, splitting and reading labels take, before anything is trained
 - `fclora.studies.parts`: The parts of a step, of files and of the data, each measured beside something known
+- `fclora.studies.predicting`: One image and a thousand, from the start of the process to its end, beside plain timm
 - `fclora.studies.pretrain`: Make a small backbone from a folder of images
 - `fclora.studies.products`: A training step in bfloat16 beside the same step in 32 bits, for adapters, full fine-tuning and PEFT
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from

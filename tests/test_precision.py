@@ -4,10 +4,14 @@ from unittest.mock import patch
 import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from fclora.adapt import adapt, adapted_layers, freeze, merge_adapters, unmerge_adapters
+from fclora.data.sources import load_images
 from fclora.find import find_sites
 from fclora.lora import LoRA, adapters
 from fclora.precision import FrozenCopies, autocast, most_plain_tokens, plain_attention
+from fclora.runs.finetune import finetune
+from fclora.runs.use import predict
 
 @pytest.fixture(autouse=True)
 def able():
@@ -158,3 +162,12 @@ def test_in_32_bits_nothing_is_touched():
     block = autocast(net, 'fp32')
     assert torch.equal(one_step(net, block)[0], one_step(adapted(), torch.autocast('cpu', enabled=False))[0])
     assert net.blocks[0].attn.fused_attn and not isinstance(block.copies, FrozenCopies)
+
+def test_predictions_in_16_bits_are_near_those_in_32(tmp_path, monkeypatch):
+    finetune('digits', 'uniform', epochs=1, probe=False, limit='64,16,16', out=str(tmp_path/'run'), quiet=True)
+    (tmp_path/'images').mkdir()
+    for i,x in enumerate(load_images('digits', limit='10,10,10').test[0]): to_pil_image(x).save(tmp_path/f'images/{i}.png')
+    def probabilities(): return [o['top'][0]['probability'] for o in predict(tmp_path/'run', tmp_path/'images')]
+    exact = probabilities()
+    monkeypatch.setattr('fclora.precision.tiny', 0) # so that `auto` is bf16 for the smallest model
+    assert probabilities()==pytest.approx(exact, abs=.03) and probabilities()!=exact

@@ -16,6 +16,7 @@ from pathlib import Path
 import timm, torch
 from timm.models import save_for_hf
 from ..sites import *
+from ..precision import *
 from ..adapt import *
 from ..outputs import *
 from ..ranges import *
@@ -106,7 +107,7 @@ def predict_files(
     rows = {str(f):dict(file=str(f), error=errors[str(f)]) for f in files if str(f) in errors}
     if len(x):
         device = next(model.parameters()).device
-        with torch.inference_mode(): z = calibrated(model(x.to(device)).float(), config).cpu()
+        with torch.inference_mode(), autocast(model), head_in_fp32(model): z = calibrated(model(x.to(device)).float(), config).cpu()
         several = config.get('task')=='multi'
         probs = z.sigmoid() if several else z.softmax(1)
         p,c = probs.topk(min(top_k, z.shape[1]))

@@ -9,7 +9,8 @@ depth, rank, sites, classes; then the images of a whole run. `exponents` says ho
 __all__ = ['sweep_points', 'random_vit', 'bench_point', 'bench_run', 'bench_sweep', 'exponents']
 
 # %% ../../nbs/studies/01d_growth.ipynb #c08d854a
-import tempfile
+import io,tempfile
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -72,7 +73,7 @@ def bench_run(
     n:int # Training images, of the digits
 )->dict: # axis, x, seconds
     "`finetune` of the smallest model from the look at the images to the report: scoring, one epoch, temperature, test"
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, redirect_stdout(io.StringIO()):
         run = finetune('digits', limit=f'{n},100,100', epochs=1, out=f'{d}/run', quiet=True)
     return dict(axis='images', x=n, seconds=run.metrics['seconds']['total'])
 
