@@ -132,7 +132,8 @@ def test_the_first_blocks_alone(folder, tmp_path, capsys):
     plain = timm.create_model(f"local-dir:{tmp_path/'plain'}", pretrained=True)
     assert len(plain.blocks)==4 and torch.allclose(probe_logits(plain, 32), probe_logits(model, 32), atol=1e-5)
     assert main(['peft', str(tmp_path/'run'), str(tmp_path/'peft')])==0 and 'blocks=4)' in capsys.readouterr().out
-    assert main([*args, 'auto', '--budget', '36', '--out', str(tmp_path/'auto')])==0
+    assert main([o for o in args if o!='--quiet']+['auto', '--budget', '36', '--out', str(tmp_path/'auto')])==0
+    assert 'a probe is best after block' in capsys.readouterr().out
     model,cfg = load_model(tmp_path/'auto')
     assert 1<=len(model.blocks)==cfg['model']['blocks']<=6
     made = json.loads((tmp_path/'run/fclora.json').read_text())

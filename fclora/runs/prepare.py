@@ -135,6 +135,7 @@ def prepare(
     dls = get_dls(images, **image_config(net), bs=bs, flip=False if no_flip else None, device=device, num_workers=num_workers, seed=seed)
     if blocks=='auto':
         blocks = blocks_to_peak(net.to(dls.device), score_dl(dls), dls.c)
+        if not quiet: print(f'a probe is best after block {blocks} of {len(net.blocks)}: the first {blocks} are kept')
         keep_blocks(net, blocks)
     split.update(fold=fold, flip=images.flip and not no_flip)
     about = dict(model=model_config(name, pretrained, checkpoint, one_head, size, blocks), data=data_config(images, data, split))
