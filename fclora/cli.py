@@ -9,7 +9,7 @@ standard library is loaded, so that `fclora --help` answers at once."""
 # %% auto #0
 __all__ = ['command_themes', 'commands', 'command_table', 'command', 'help_text', 'usage_line', 'add_option', 'complain',
            'speaks', 'last_word', 'wrong_usage', 'parser', 'usage', 'show_warning', 'never_fail_to_print',
-           'run_plugins', 'call', 'check_processes', 'explain', 'on_stop', 'leave', 'interrupt', 'main']
+           'run_plugins', 'call', 'check_processes', 'check_empty', 'explain', 'on_stop', 'leave', 'interrupt', 'main']
 
 # %% ../nbs/90_cli.ipynb #77163424
 import argparse,json,os,signal,sys,threading,traceback,warnings
@@ -181,6 +181,13 @@ def check_processes(
     if int(os.environ.get('WORLD_SIZE', 1))>1 and cmd not in ('finetune','resume'):
         raise ValueError(f'{cmd} runs in one process: call fclora {cmd} without torchrun or accelerate launch')
 
+def check_empty(
+    given:dict # From a command's parser
+):
+    "Raise where a value is empty, as in `--limit=$LIMIT` of a variable that is not set"
+    for name,value in given.items():
+        if value=='': raise ValueError(f'{name} is empty: leave it out, or give it a value')
+
 _expected = (ValueError, OSError, ArithmeticError, MemoryError, ImportError)
 
 def explain(
@@ -240,6 +247,7 @@ def main(
             with on_stop(leave): command(cmd)
             with on_stop(interrupt):
                 check_processes(cmd)
+                check_empty(given)
                 check_ranges(**given)
                 run_plugins(plugins)
                 res = call(cmd, given)

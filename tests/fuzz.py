@@ -273,7 +273,7 @@ class Cases:
         options = [o for o in command_table()[cmd]['options'] if o['kind']=='value' and o['name'] not in ('out','data_root','device','model')]
         texts = [*map(str, odd_values), '1e30', '1,2', '::', ':::', '[', '(?', 'fisher=nan', 'fisher=-1', 'q,,k', '0,0', '5,5,5', '/dev/zero', '..']
         argv = [cmd, *['no/such'+'/x'*(o['name']=='out') for o in command_table()[cmd]['options'] if o['kind']=='place']]
-        if cmd in ('finetune','compare','score'): argv += ['no/such/folder', '--model=vit_pico'] # the weights of others would be looked for on the Hub
+        if cmd in ('finetune','compare','score','tune','folds','check'): argv += ['no/such/folder', '--model=vit_pico'] # the weights of others would be looked for on the Hub
         for o in rng.sample(options, min(len(options), rng.choice((1,1,2,3)))): argv.append(f"--{o['name'].replace('_', '-')}={rng.choice(texts)}")
         def read():
             out,err = io.StringIO(),io.StringIO()

@@ -343,3 +343,8 @@ def test_reading_a_plan_takes_no_time_however_deep_it_is(tmp_path):
     for text in ('['*200_000, '{"format":2,"settings":'+'{"a":'*200_000, '{"format":2,"budget":'+'9'*100_000+'}'):
         (tmp_path/'p.json').write_text(text)
         with guarded(tmp_path, 20), pytest.raises(ValueError, match='p.json'): Plan.load(tmp_path/'p.json')
+
+@pytest.mark.parametrize('argv', [['finetune', '--limit='], ['check', '--checkpoint', ''], ['predict', ''], ['tune', '--kinds=']])
+def test_a_value_of_an_unset_variable_is_said(argv, capsys):
+    assert main(argv)==1
+    assert 'is empty: leave it out' in capsys.readouterr().err

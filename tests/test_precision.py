@@ -1,17 +1,23 @@
 "Products in 16 bits on a CPU: the frozen part is copied once, and what comes out is what the formula gives"
+from contextlib import suppress
 from copy import deepcopy
 from unittest.mock import patch
 import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
+from fastai.callback.core import Callback, CancelFitException
 from fclora.adapt import adapt, adapted_layers, freeze, merge_adapters, unmerge_adapters
+from fclora.backbones import create_backbone, image_config
+from fclora.data.loaders import get_dls
 from fclora.data.sources import load_images
 from fclora.find import find_sites
 from fclora.lora import LoRA, adapters
 from fclora.precision import FrozenCopies, autocast, most_plain_tokens, plain_attention
 from fclora.runs.finetune import finetune
 from fclora.runs.use import predict
+from fclora.train.learner import fclora_learner
+from fclora.train.recipe import recipe
 
 @pytest.fixture(autouse=True)
 def able():
@@ -171,3 +177,15 @@ def test_predictions_in_16_bits_are_near_those_in_32(tmp_path, monkeypatch):
     exact = probabilities()
     monkeypatch.setattr('fclora.precision.tiny', 0) # so that `auto` is bf16 for the smallest model
     assert probabilities()==pytest.approx(exact, abs=.03) and probabilities()!=exact
+
+@pytest.mark.parametrize('error', [CancelFitException(), KeyboardInterrupt()], ids=['cancelled','interrupted'])
+def test_a_training_that_ends_within_a_batch_leaves_nothing_behind(error):
+    class Stop(Callback):
+        order = 80
+        def after_pred(self): raise error
+    net = create_backbone('vit_pico', 10)
+    dls = get_dls(load_images('digits', limit='32,16,16'), **image_config(net), bs=16)
+    learn = fclora_learner(dls, net, 'head', recipe(precision='bf16', epochs=1), cbs=Stop())
+    with learn.no_bar(), learn.no_logging(), suppress(KeyboardInterrupt): learn.fit_recipe()
+    assert not torch.is_autocast_enabled('cpu')
+    assert net(torch.randn(2, 3, 32, 32)).dtype==torch.float32

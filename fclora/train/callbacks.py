@@ -12,6 +12,7 @@ __all__ = ['StopOnNaN', 'KeepEpochs', 'epoch_line', 'trained_state', 'KeepBest',
 
 # %% ../../nbs/51_callbacks.ipynb #e6e8d8ba
 import time
+from contextlib import ExitStack
 import pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn
@@ -153,11 +154,18 @@ class LateCutMix(CutMix):
 # %% ../../nbs/51_callbacks.ipynb #60b734be
 class AutoMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision` in bfloat16, on the device of the Learner"
-    def __init__(self): super().__init__(AMPMode.BF16)
+    def __init__(self):
+        super().__init__(AMPMode.BF16)
+        self.inside = ExitStack() # The block, while a batch is within it
     def before_fit(self):
         "Products in bfloat16 on this device from here on"
         self.learn.scaler,self.scales = torch.amp.GradScaler(self.dls.device.type, enabled=False),[]
         self.autocast = autocast(self.model, 'bf16')
+    def before_batch(self): self.inside.enter_context(self.autocast)
+    def after_loss(self): self.leave()
+    def leave(self):
+        "Back to 32 bits, also after a batch that was interrupted"
+        self.inside.close()
 
 # %% ../../nbs/51_callbacks.ipynb #c7673913
 def check_cb(

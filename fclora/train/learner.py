@@ -78,10 +78,13 @@ class FCLoRALearner(Learner):
         lr=None, # Learning rate, or one a group; `self.lr` by default
         **kwargs
     ):
-        "Train as fastai does; if that is interrupted, CutMix gives the loss function back all the same"
+        "Train as fastai does; if that is interrupted, CutMix gives the loss function back and products have 32 bits again all the same"
         loss_func = self.loss_func
         try: super().fit(n_epoch, lr, **kwargs)
-        finally: self.loss_func = loss_func
+        finally:
+            self.loss_func = loss_func
+            for cb in self.cbs:
+                if isinstance(cb, AutoMixedPrecision): cb.leave()
 
     def add_cb(self,
         cb # A callback, or its class
