@@ -111,6 +111,7 @@ Modules:
 - `fclora.studies.results`: What comparisons measured, in four small text files that the pages of results draw from
 - `fclora.studies.scaling`: A step of one process beside the same step shared by two, and what the exchange between them costs
 - `fclora.studies.scoring`: The time of every scorer beside that of training steps
+- `fclora.studies.study`: The comparisons of the protocol, each one command that goes on where it was stopped
 - `fclora.studies.systems`: Planning and training time of every system beside plain LoRA, in one run
 - `fclora.systems.adalora`: Prune the values of singular value decompositions by sensitivity while they train
 - `fclora.systems.blocks`: Choose whole blocks: equal ranks in the best of them, none in the others

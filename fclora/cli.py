@@ -30,7 +30,7 @@ command_themes = {
     'Use a run': dict(evaluate='fclora.runs.evaluate:evaluate', predict='fclora.runs.use:predict', demo='fclora.deploy.demo:demo'),
     'Hand it on': dict(merge='fclora.runs.use:merge_cmd', export='fclora.deploy.int8:export', peft='fclora.deploy.peft:export_peft',
                        push='fclora.deploy.hub:push_to_hub'),
-    'Research': dict(pretrain='fclora.studies.pretrain:pretrain', bench='fclora.studies.bench:bench')}
+    'Research': dict(study='fclora.studies.study:study', pretrain='fclora.studies.pretrain:pretrain', bench='fclora.studies.bench:bench')}
 commands = {name:place for group in command_themes.values() for name,place in group.items()}
 
 # %% ../nbs/90_cli.ipynb #d37044fd

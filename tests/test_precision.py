@@ -6,7 +6,7 @@ import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fclora.adapt import adapt, adapted_layers, freeze, merge_adapters, unmerge_adapters
 from fclora.backbones import create_backbone, image_config
 from fclora.data.loaders import get_dls
@@ -178,11 +178,15 @@ def test_predictions_in_16_bits_are_near_those_in_32(tmp_path, monkeypatch):
     monkeypatch.setattr('fclora.precision.tiny', 0) # so that `auto` is bf16 for the smallest model
     assert probabilities()==pytest.approx(exact, abs=.03) and probabilities()!=exact
 
-@pytest.mark.parametrize('error', [CancelFitException(), KeyboardInterrupt()], ids=['cancelled','interrupted'])
-def test_a_training_that_ends_within_a_batch_leaves_nothing_behind(error):
+errors = [CancelTrainException(), CancelFitException(), KeyboardInterrupt()]
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred'])
+@pytest.mark.parametrize('error', errors, ids=lambda e: type(e).__name__)
+def test_a_training_that_ends_within_a_batch_leaves_nothing_behind(error, event):
     class Stop(Callback):
         order = 80
-        def after_pred(self): raise error
+        def __call__(self, name):
+            if name==event and self.training: raise error
     net = create_backbone('vit_pico', 10)
     dls = get_dls(load_images('digits', limit='32,16,16'), **image_config(net), bs=16)
     learn = fclora_learner(dls, net, 'head', recipe(precision='bf16', epochs=1), cbs=Stop())

@@ -161,7 +161,9 @@ class AutoMixedPrecision(MixedPrecision):
         "Products in bfloat16 on this device from here on"
         self.learn.scaler,self.scales = torch.amp.GradScaler(self.dls.device.type, enabled=False),[]
         self.autocast = autocast(self.model, 'bf16')
-    def before_batch(self): self.inside.enter_context(self.autocast)
+    def before_batch(self):
+        self.leave() # the batch before may have been cancelled
+        self.inside.enter_context(self.autocast)
     def after_loss(self): self.leave()
     def leave(self):
         "Back to 32 bits, also after a batch that was interrupted"
