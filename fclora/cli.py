@@ -182,11 +182,13 @@ def check_processes(
         raise ValueError(f'{cmd} runs in one process: call fclora {cmd} without torchrun or accelerate launch')
 
 def check_empty(
-    given:dict # From a command's parser
+    cmd:str, # Name of a command
+    given:dict # From its parser
 ):
     "Raise where a value is empty, as in `--limit=$LIMIT` of a variable that is not set"
+    flags = {o['name']:f"--{o['name'].replace('_', '-')}" for o in command_table()[cmd]['options'] if o['kind']=='value'}
     for name,value in given.items():
-        if value=='': raise ValueError(f'{name} is empty: leave it out, or give it a value')
+        if value=='': raise ValueError(f'{flags.get(name, name)} is empty: leave it out, or give it a value')
 
 _expected = (ValueError, OSError, ArithmeticError, MemoryError, ImportError)
 
@@ -247,7 +249,7 @@ def main(
             with on_stop(leave): command(cmd)
             with on_stop(interrupt):
                 check_processes(cmd)
-                check_empty(given)
+                check_empty(cmd, given)
                 check_ranges(**given)
                 run_plugins(plugins)
                 res = call(cmd, given)

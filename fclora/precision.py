@@ -55,8 +55,10 @@ class FrozenCopies(TorchFunctionMode):
         super().__init__()
         self.copies = {} # {weight: (its version, copy)}
 
-    def copy(self, W):
-        "`W` in bfloat16 if it is a frozen weight of 32 bits, otherwise as it is"
+    def copy(self,
+        W:torch.Tensor # Any
+    )->torch.Tensor: # In bfloat16 if `W` is a frozen weight of 32 bits, otherwise `W` as it is
+        "The copy of a frozen weight, made when it is first asked for"
         if not isinstance(W, nn.Parameter) or W.requires_grad or W.dtype!=torch.float32: return W
         version,copy = self.copies.get(W, (None,None))
         if version!=W._version: # it was changed in place, or never copied

@@ -75,7 +75,7 @@ def test_what_once_hung_or_trained_or_was_ignored(args, capsys, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('seeds,why', [('0,0','twice'), ('0,-1','whole numbers'), ('nan','whole numbers'), ('1.5','whole numbers'), ('0,1e30','whole numbers'),
-                                       (str(2**40),'whole numbers'), ('','whole numbers'), ('0,','whole numbers')])
+                                       (str(2**40),'whole numbers'), ('','is empty'), ('0,','whole numbers')])
 def test_seeds_of_a_comparison_are_checked_first(seeds, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(['compare', 'digits', f'--seeds={seeds}'])==1
