@@ -2,7 +2,7 @@
 import io, json, os, re, warnings
 import datasets, imagehash, numpy as np, pytest, torch
 from cleanlab.filter import find_label_issues
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 from fclora.data.duplicates import across_splits, difference_hash, exact_groups, near_pairs, quick_look
 from fclora.data.sources import load_images
@@ -99,6 +99,7 @@ def test_unreadable_files_and_sizes_are_listed(folder):
 # Labels
 
 @given(st.integers(0, 10**6), st.integers(2, 5), st.floats(.2, 3))
+@example(28840, 5, 2.)
 @settings(deadline=None, max_examples=40)
 def test_suspects_are_those_of_cleanlab(seed, c, sharp):
     rng = np.random.default_rng(seed)

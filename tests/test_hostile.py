@@ -296,7 +296,7 @@ def test_whether_out_can_be_written_is_tried_first(cmd, tmp_path, capsys, unread
     (tmp_path/'file').write_text('mine'); (tmp_path/'gone').symlink_to(tmp_path/'nowhere')
     name = dict(export='x.onnx', pretrain='x.safetensors', check='x.html').get(cmd, 'x')
     options = {o['name']:o for o in command_table()[cmd]['options']}
-    first = 'digits' if cmd in ('finetune','compare','score') else 'no/such/run'
+    first = 'digits' if cmd in ('finetune','compare','score') else 'checks' if cmd=='study' else 'no/such/run'
     for out in (tmp_path/'file'/name, tmp_path/'gone'/name, Path('/sys')/name, Path('/dev/null')/name, tmp_path/('x'*300)/name):
         given = [first] if cmd!='bench' else []
         given += [out] if options['out']['kind']=='place' else ['--out', out]

@@ -39,7 +39,7 @@ def suspects(
     c = probs.shape[1]
     usual = torch.stack([probs[targs==k,k].mean() if (targs==k).any() else torch.tensor(2.) for k in range(c)])
     confident = probs>=usual-1e-6
-    said = torch.where(confident, probs, -1.).argmax(1)
+    said = torch.where(confident.sum(1)>1, probs.argmax(1), confident.int().argmax(1)) # as cleanlab, where several are confident
     rows = (confident.any(1) & (said!=targs) & (probs.argmax(1)!=targs)).nonzero()[:,0]
     own = probs[rows,targs[rows]]
     order = own.argsort(stable=True)
